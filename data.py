@@ -1,0 +1,892 @@
+"""Files -> rows -> examples (text) -> ids: everything the model reads passes through here.
+
+    catalogue = read_catalogue("X.index.json", "X.item.json")    # item id -> SID, title
+    rows      = read_rows("X.train.csv", catalogue)              # user, history, next item
+    prompt, answer = render(TASKS["sid_sid"], row, catalogue, prompts)
+    dataset   = build_dataset(..., tokenizer=tokenizer)          # tokenized, on disk, memory-mapped
+
+Left of `render` nothing needs a tokenizer; right of it nothing needs a file. A prompt's ids are the tokenizer's ids of
+its text, so a server that is given the text sees what training saw. In the tasks over a history the constant text
+comes first and the history last, one item a line, so that the next line is the answer:
+
+    Purchases of one customer ..., one per line:
+    <a_1><b_2><c_3>
+    <a_4><b_5><c_6>
+                      <- the model writes <a_7><b_8><c_9> and the end token
+
+and a customer's shorter example is a token prefix of the longer one.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("sft.data")
+
+CSV_COLUMNS = (
+    "user_id",
+    "history_item_title",
+    "item_title",
+    "history_item_id",
+    "item_id",
+    "history_item_sid",
+    "item_sid",
+)
+SEPARATOR = "\n"  # ends each item of a history; titles are single lines, so it never stands inside one
+CACHE_FORMAT = 1  # raise it when the ids of the same text and files change
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; the message is one line: where, what came, what was expected, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- the catalogue
+
+
+class Item(NamedTuple):
+    """One item: its id in the files, its SID as tokens from the first level down, its title ("" if it has none)."""
+
+    id: str
+    sid: tuple[str, ...]
+    title: str
+
+
+class Catalogue(NamedTuple):
+    """All items, in the order of the index; `place` maps an item id to its position in `items`."""
+
+    items: list[Item]
+    place: dict[str, int]
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """The content of a JSON file; InputError names the file and the line when it is missing, empty or broken."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error_text(error)}); expected {expected}") from None
+    if not text.strip():
+        raise InputError(f"{path}: is empty; expected {expected}")
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error_text(error)}); expected {expected}") from None
+
+
+def error_text(error: Exception) -> str:
+    """An exception as one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def read_index(path: Path) -> dict[str, tuple[str, ...]]:
+    """Item id -> SID tokens, first level first, of any depth: {"0": ["<a_236>", "<b_231>"]} -> {"0": ("<a_236>", ...)}."""
+    expected = 'an index like {"0": ["<a_236>", "<b_231>", "<c_226>"]}'
+    index = read_json(path, expected)
+    if not isinstance(index, dict) or not index:
+        raise InputError(f"{path}: holds no items; expected {expected}")
+    for item, tokens in index.items():
+        if not isinstance(tokens, list) or not tokens:
+            raise InputError(f"{path}: item {item!r} has {str(tokens)[:60]!r} for a SID; expected {expected}")
+        for token in tokens:
+            if not isinstance(token, str) or not re.fullmatch(r"<[^<>\s]+>", token):
+                raise InputError(f"{path}: item {item!r} has the token {token!r}; expected {expected}")
+    return {item: tuple(tokens) for item, tokens in index.items()}
+
+
+def read_titles(path: Path) -> dict[str, str]:
+    """Item id -> title on one line, from an item file {"0": {"title": ..., "description": ...}}."""
+    expected = 'an item file like {"0": {"title": "Wood screws", "description": ""}}'
+    items = read_json(path, expected)
+    if not isinstance(items, dict) or not items:
+        raise InputError(f"{path}: holds no items; expected {expected}")
+    for item, fields in items.items():
+        if not isinstance(fields, dict) or not isinstance(fields.get("title"), str):
+            raise InputError(f"{path}: item {item!r} has no title string; expected {expected}")
+    return {item: one_line(fields["title"]) for item, fields in items.items()}
+
+
+def one_line(text: str) -> str:
+    """Text with every run of white space made one space: a title must not end its line."""
+    return " ".join(text.split())
+
+
+def read_catalogue(index_path: Path, item_path: Path | None) -> Catalogue:
+    """The items of the index, with their titles where an item file is given. Logs what a user should know once."""
+    index = read_index(index_path)
+    titles = read_titles(item_path) if item_path else {}
+    if titles and not index.keys() & titles.keys():
+        raise InputError(f"{item_path}: has no item of {index_path}; the two must be of one dataset")
+    items = [Item(item, sid, titles.get(item, "")) for item, sid in index.items()]
+    log_catalogue(items, len(titles.keys() - index.keys()), with_titles=bool(titles))
+    return Catalogue(items, {item.id: place for place, item in enumerate(items)})
+
+
+def log_catalogue(items: list[Item], unindexed: int, *, with_titles: bool) -> None:
+    sids = Counter(item.sid for item in items)
+    depths = sorted({len(sid) for sid in sids})
+    logger.info(f"Catalogue: {len(items):,} items, {len(sids):,} distinct SIDs of {join_or(depths)} tokens")
+    if shared := sum(count for count in sids.values() if count > 1):
+        logger.info(
+            f"{shared:,} of {len(items):,} items share their SID with another item (a hit on one is a hit on all)"
+        )
+    if with_titles:
+        titles = Counter(item.title for item in items if item.title)
+        if untitled := sum(not item.title for item in items):
+            logger.info(f"{untitled:,} of {len(items):,} items have no title; the tasks with titles leave them out")
+        if twins := sum(count for count in titles.values() if count > 1):
+            logger.info(f"{twins:,} of {len(items):,} items share their title with another item")
+        if unindexed:
+            logger.info(f"{unindexed:,} items of the item file are not in the index and are not used")
+
+
+def join_or(values: Iterable) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+class Row(NamedTuple):
+    """One example before any wording: places in `Catalogue.items`, the history oldest first.
+
+    `preference` is free text about the user and only set for rows of a preference file.
+    """
+
+    user: str
+    history: tuple[int, ...]
+    item: int
+    preference: str = ""
+
+
+def read_list(cell: str) -> list:
+    """The list that a cell holds as a Python literal: "['it''s', \\"b\\"]". Never evaluates anything; else ValueError."""
+    try:
+        value = ast.literal_eval(cell)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError):
+        raise ValueError("is not a list literal") from None
+    if not isinstance(value, list):
+        raise ValueError("is not a list literal")
+    return value
+
+
+def read_rows(path: Path, catalogue: Catalogue) -> Iterator[Row]:
+    """The rows of an interaction CSV, one at a time, checked against the catalogue; logs at the end what it left out.
+
+    The SIDs and titles that are trained on are the catalogue's. A CSV that contradicts its SIDs is refused: it belongs
+    to another index. (A CSV SID that lacks only the last, collision-breaking token is the same item's and is counted.)
+    """
+    counts: Counter[str] = Counter()
+    for line, fields in read_csv(path):
+        counts["rows"] += 1
+        row = parse_row(path, line, fields, catalogue, counts)
+        if row is not None:
+            yield row
+    if not counts["rows"]:
+        raise InputError(f"{path}: has no rows; expected a header and rows of {','.join(CSV_COLUMNS)}")
+    if counts["rows"] == counts["target"] + counts["empty"]:
+        raise InputError(f"{path}: no row has a known item; the CSV and the index must be of one dataset")
+    for key, text in {
+        "target": "rows left out: their item is not in the index",
+        "empty": "rows left out: their history is empty",
+        "history": "history items left out: they are not in the index",
+        "short": "SIDs lack the last token that the index has; the index is used",
+        "title": "titles differ from the item file's; the item file is used",
+    }.items():
+        if counts[key]:
+            logger.info(f"{path.name}: {counts[key]:,} {text} ({counts['rows']:,} rows)")
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, column -> cell) of an interaction CSV."""
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            if reader.fieldnames is None:
+                raise InputError(f"{path}: is empty; expected a header line {','.join(CSV_COLUMNS)}")
+            missing = [column for column in CSV_COLUMNS if column not in reader.fieldnames]
+            if missing:
+                raise InputError(f"{path}: has no column {missing[0]!r}; its columns are {','.join(reader.fieldnames)}")
+            for fields in reader:
+                if None in fields or None in fields.values():
+                    raise InputError(
+                        f"{path}:{reader.line_num}: has not {len(reader.fieldnames)} cells like the header"
+                    )
+                yield reader.line_num, fields
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: is not CSV ({error_text(error)})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error_text(error)}); expected a UTF-8 CSV") from None
+
+
+def parse_row(path: Path, line: int, fields: dict[str, str], catalogue: Catalogue, counts: Counter) -> Row | None:
+    """One checked row, or None where its item is unknown or nothing stands before it."""
+    lists = {}
+    for column in ("history_item_id", "history_item_sid", "history_item_title"):
+        try:
+            lists[column] = read_list(fields[column])
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{line}: column {column!r} {error}: {fields[column][:60]!r}; expected one like ['a', 'b']"
+            ) from None
+    ids, sids, titles = lists.values()
+    if not len(ids) == len(sids) == len(titles):
+        raise InputError(
+            f"{path}:{line}: the history has {len(ids)} ids, {len(sids)} SIDs and {len(titles)} titles; they must be aligned"
+        )
+    places = []
+    cells = zip([*ids, fields["item_id"]], [*sids, fields["item_sid"]], [*titles, fields["item_title"]], strict=True)
+    for item_id, sid, title in cells:
+        place = catalogue.place.get(str(item_id))
+        places.append(place)
+        if place is None:
+            continue
+        item = catalogue.items[place]
+        known = "".join(item.sid)
+        if sid != known:
+            if sid != "".join(item.sid[:-1]):
+                raise InputError(
+                    f"{path}:{line}: item {item_id} has the SID {str(sid)[:60]!r}, in the index {known!r}; "
+                    "the CSV and the index must be of one dataset"
+                )
+            counts["short"] += 1
+        if item.title and title != item.title and one_line(str(title)) != item.title:
+            counts["title"] += 1
+    *history, target = places
+    known_history = tuple(place for place in history if place is not None)
+    counts["history"] += len(history) - len(known_history)
+    if target is None or not known_history:
+        counts["target" if target is None else "empty"] += 1
+        return None
+    return Row(fields["user_id"], known_history, target)
+
+
+def read_preferences(path: Path, catalogue: Catalogue, split: str) -> Iterator[Row]:
+    """The rows of one split of a preference file: a JSON list of
+    {"user", "split", "user_preference", "context": {"history_items": [...], "target_item": ...}}.
+
+    An item stands there as its id, as its SID, or as an object with "item_id", "id" or "sid".
+    """
+    expected = 'a list of {"user", "split", "user_preference", "context": {"history_items", "target_item"}}'
+    entries = read_json(path, expected)
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: holds no entries; expected {expected}")
+    by_sid = {"".join(item.sid): place for place, item in reversed(list(enumerate(catalogue.items)))}
+    unknown = total = 0
+    for number, entry in enumerate(entries):
+        try:
+            context = entry["context"]
+            found = [
+                find_item(value, catalogue, by_sid) for value in [*context["history_items"], context["target_item"]]
+            ]
+            preference, user, its_split = entry["user_preference"], str(entry["user"]), entry.get("split", split)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: entry {number} lacks {error_text(error)}; expected {expected}") from None
+        if its_split != split:
+            continue
+        total += 1
+        if None in found or len(found) < 2 or not isinstance(preference, str) or not preference.strip():
+            unknown += 1
+            continue
+        yield Row(user, tuple(found[:-1]), found[-1], one_line(preference))
+    if unknown == total:
+        raise InputError(f"{path}: no entry of split {split!r} has known items and a preference; expected {expected}")
+    if unknown:
+        logger.info(
+            f"{path.name}: {unknown:,} of {total:,} entries left out: an unknown item, no history or no preference"
+        )
+
+
+def find_item(value: Any, catalogue: Catalogue, by_sid: dict[str, int]) -> int | None:
+    """The place of an item that a preference file names by id, by SID or by an object that has one of them."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("item_id", "id", "sid") if key in value), None)
+    return catalogue.place.get(str(value), by_sid.get(str(value)))
+
+
+# ---------------------------------------------------------------------------------------------- tasks and wording
+
+
+class Task(NamedTuple):
+    """What one example shows and asks. `group` is the name that --tasks takes; `shows` and `answers` say in which form
+    items stand in the prompt and in the answer."""
+
+    name: str
+    group: str
+    rows: str  # "interactions", "items" or "preferences"
+    shows: str  # "sid" or "title"
+    answers: str  # "sid", "title" or "preference" (the user's preference, then the SID)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("sid_sid", "sid_sid", "interactions", "sid", "sid"),
+        Task("item_sid_title", "item", "items", "sid", "title"),
+        Task("item_title_sid", "item", "items", "title", "sid"),
+        Task("sid_title", "sid_title", "interactions", "sid", "title"),
+        Task("title_title", "title_title", "interactions", "title", "title"),
+        Task("title_sid", "title_sid", "interactions", "title", "sid"),
+        Task("preference", "preference", "preferences", "sid", "preference"),
+        Task("preference_sid", "preference_sid", "preferences", "sid", "sid"),
+    )
+}
+TASK_GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
+DEFAULT_TASKS = ("sid_sid", "item", "sid_title", "title_title", "title_sid")
+
+PROMPTS = {
+    "sid_sid": "Semantic IDs of the {category} products that one customer bought, oldest first, one per line:\n{history}",
+    "item_sid_title": "A product from a catalogue of {category} products.\nSemantic ID: {item}\nTitle:\n",
+    "item_title_sid": "A product from a catalogue of {category} products.\nTitle: {item}\nSemantic ID:\n",
+    "sid_title": "A customer bought the {category} products with these semantic IDs, oldest first, one per line. "
+    "The title of the next product follows them.\n{history}",
+    "title_title": "Titles of the {category} products that one customer bought, oldest first, one per line:\n{history}",
+    "title_sid": "A customer bought the {category} products with these titles, oldest first, one per line. "
+    "The semantic ID of the next product follows them.\n{history}",
+    "preference": "A customer bought the {category} products with these semantic IDs, oldest first, one per line. "
+    "What the customer is looking for follows them, then the semantic ID of the next product.\n{history}",
+    "preference_sid": "A customer looks for {category} products: {preference}\n"
+    "Semantic IDs of the products that this customer bought, oldest first, one per line:\n{history}",
+}
+
+CATEGORY_NAMES = {
+    "Industrial_and_Scientific": "industrial and scientific",
+    "Office_Products": "office",
+    "Toys_and_Games": "toy and game",
+    "Sports_and_Outdoors": "sports and outdoor",
+    "Video_Games": "video game",
+    "Musical_Instruments": "musical instrument",
+    "Arts_Crafts_and_Sewing": "arts, crafts and sewing",
+    "Books": "book",
+    "Beauty": "beauty",
+    "Yelp": "local business",
+}
+
+
+def category_name(category: str) -> str:
+    """The words for a category in a prompt: a readable name for a known one, free text as it stands otherwise."""
+    return CATEGORY_NAMES.get(category, category.replace("_", " ").strip()) or "shop"
+
+
+def read_prompts(path: Path | None, category: str) -> dict[str, str]:
+    """Task name -> template with the category filled in: the shipped wording, overridden by a JSON file's entries."""
+    templates = dict(PROMPTS)
+    if path is not None:
+        own = read_json(path, 'prompts like {"sid_sid": "Bought so far:\\n{history}"}')
+        if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
+            raise InputError(f"{path}: must map task names to templates, all strings")
+        if unknown := own.keys() - templates.keys():
+            raise InputError(f"{path}: unknown task {min(unknown)!r}; the tasks are {', '.join(TASKS)}")
+        templates.update(own)
+    for name, template in templates.items():
+        check_template(f"{path or 'prompts'}: {name!r}", template, TASKS[name])
+    return {name: template.replace("{category}", category_name(category)) for name, template in templates.items()}
+
+
+def check_template(where: str, template: str, task: Task) -> None:
+    """A template names each of its fields once, and a history stands last so that the next line is the answer."""
+    fields = ["{item}"] if task.rows == "items" else ["{history}"]
+    fields += ["{preference}"] if task.name == "preference_sid" else []
+    for field in fields:
+        if template.count(field) != 1:
+            raise InputError(f"{where} has {template.count(field)} {field}; expected one")
+    if task.rows != "items" and not template.endswith("{history}"):
+        raise InputError(f"{where} must end with {{history}}: what is constant comes first, the history last")
+    if unknown := set(re.findall(r"\{\w+\}", template)) - {*fields, "{category}"}:
+        raise InputError(f"{where} has {min(unknown)}; expected only {', '.join(fields)} and {{category}}")
+
+
+def render(task: Task, row: Row, catalogue: Catalogue, prompts: dict[str, str]) -> tuple[str, str]:
+    """The prompt and the answer of an example as text; the answer's end token is added when it is encoded."""
+    items = catalogue.items
+    shown = [items[place].title if task.shows == "title" else "".join(items[place].sid) for place in row.history]
+    target = items[row.item]
+    sid = "".join(target.sid)
+    if task.rows == "items":
+        prompt = prompts[task.name].replace("{item}", target.title if task.shows == "title" else sid)
+    else:
+        head = prompts[task.name].removesuffix("{history}").replace("{preference}", row.preference)
+        prompt = head + "".join(piece + SEPARATOR for piece in shown)
+    answer = {"sid": sid, "title": target.title, "preference": row.preference + SEPARATOR + sid}[task.answers]
+    return prompt, answer
+
+
+def usable(task: Task, row: Row, catalogue: Catalogue) -> bool:
+    """Whether every text that the task needs exists: an item without a title is not asked for, nor shown by, its title."""
+    if task.answers == "title" or (task.rows == "items" and task.shows == "title"):
+        return bool(catalogue.items[row.item].title)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- ids
+
+
+class Example(NamedTuple):
+    """The ids of prompt and answer in one list, the answer's end token last.
+
+    prompt_len: tokens of the prompt; all behind it is supervised.
+    static_len: tokens before the first SID token, the part that is constant while only SID rows train.
+    dropped: oldest history items left out to keep within the cutoff.
+    """
+
+    input_ids: list[int]
+    prompt_len: int
+    static_len: int
+    dropped: int
+
+
+class Encoder:
+    """Turns rows of one task into ids: those of the rendered text, with each distinct piece encoded once.
+
+    A SID token is split from its surroundings before anything else is tokenized, so a SID history is exactly its
+    tokens and separators and is put together from encoded pieces. A title history is encoded as whole text, in batches.
+    Whether the pieces give the ids of the text is tried on the first rows; a tokenizer for which they do not gets whole
+    texts as well.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        catalogue: Catalogue,
+        prompts: dict[str, str],
+        *,
+        cutoff_len: int,
+    ) -> None:
+        self.tokenizer, self.catalogue, self.prompts, self.cutoff_len = tokenizer, catalogue, prompts, cutoff_len
+        tokens = sorted({token for item in catalogue.items for token in item.sid})
+        ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
+        self.sid_token_ids = frozenset(ids.values())
+        self.sids = [[ids[token] for token in item.sid] for item in catalogue.items]
+        plain, special = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
+        begin = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+        self.special_suffix = len(special) - begin - len(plain)  # tokenizers that end each text themselves
+
+    @functools.cached_property
+    def titles(self) -> list[list[int]]:
+        """Ids of each item's title as an answer."""
+        texts = [item.title for item in self.catalogue.items]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of whole prompts, with the special tokens that the tokenizer begins a text with."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts)["input_ids"]
+        return [ids[: len(ids) - self.special_suffix] for ids in encoded] if self.special_suffix else encoded
+
+    def encode(self, task: Task, rows: list[Row]) -> list[Example | None]:
+        """One example per row, or None where template and answer alone are longer than the cutoff (or a text is missing)."""
+        answers = [self.answer_ids(task, row) if usable(task, row, self.catalogue) else None for row in rows]
+        kept = [list(row.history) for row in rows]
+        prompts: list[list[int] | None] = [None] * len(rows)
+        pending = [i for i, answer in enumerate(answers) if answer is not None and len(answer) < self.cutoff_len]
+        while pending:
+            encoded = self.prompt_ids(task, [rows[i]._replace(history=tuple(kept[i])) for i in pending])
+            too_long = []
+            for i, prompt in zip(pending, encoded, strict=True):
+                if len(prompt) + len(answers[i]) <= self.cutoff_len:
+                    prompts[i] = prompt
+                elif len(kept[i]) > 1:
+                    del kept[i][0]
+                    too_long.append(i)
+            pending = too_long
+        return [
+            None if prompt is None else self.example(prompt, answer, len(row.history) - len(history))
+            for row, history, prompt, answer in zip(rows, kept, prompts, answers, strict=True)
+        ]
+
+    def example(self, prompt: list[int], answer: list[int], dropped: int) -> Example:
+        ids = prompt + answer
+        static_len = next((place for place, token in enumerate(ids) if token in self.sid_token_ids), len(ids))
+        return Example(ids, len(prompt), static_len, dropped)
+
+    def answer_ids(self, task: Task, row: Row) -> list[int]:
+        end = [self.tokenizer.eos_token_id]
+        if task.answers == "title":
+            return self.titles[row.item] + end
+        if task.answers == "preference":
+            text = self.tokenizer(row.preference + SEPARATOR, add_special_tokens=False)["input_ids"]
+            return text + self.sids[row.item] + end
+        return self.sids[row.item] + end
+
+    def prompt_ids(self, task: Task, rows: list[Row]) -> list[list[int]]:
+        if task.shows == "sid" and task.rows == "interactions" and (pieces := self.pieces(task)) is not None:
+            head, separator = pieces
+            return [head + [i for place in row.history for i in (*self.sids[place], *separator)] for row in rows]
+        return self.text_ids([render(task, row, self.catalogue, self.prompts)[0] for row in rows])
+
+    @functools.cache  # noqa: B019 - an encoder lives as long as its dataset is built
+    def pieces(self, task: Task) -> tuple[list[int], list[int]] | None:
+        """Ids of the text before a SID history and of the separator, or None where they do not add up to the text's."""
+        places = list(range(min(len(self.sids), 3)))
+        row = Row("", (*places, places[0]), places[0])
+        (whole,) = self.text_ids([render(task, row, self.catalogue, self.prompts)[0]])
+        sid = self.sids[places[0]]
+        separator = self.tokenizer("".join(self.catalogue.items[places[0]].sid) + SEPARATOR, add_special_tokens=False)[
+            "input_ids"
+        ][len(sid) :]
+        history = [i for place in row.history for i in (*self.sids[place], *separator)]
+        head = whole[: len(whole) - len(history)]
+        return (head, separator) if head + history == whole else None
+
+
+def has_reserved_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:
+    """How many texts contain a SID token or special token as text, which the tokenizer would read as that token."""
+    reserved = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    if not reserved:
+        return 0
+    pattern = re.compile("|".join(map(re.escape, reserved)))
+    return sum(bool(pattern.search(text)) for text in texts)
+
+
+# ---------------------------------------------------------------------------------------------- datasets on disk
+
+
+class Source(NamedTuple):
+    """Where the rows of a dataset come from: an interaction CSV or none, and a preference file (one split) or none."""
+
+    interactions: Path | None = None
+    preferences: Path | None = None
+    split: str = "train"
+
+
+def build_dataset(
+    source: Source,
+    tasks: list[str],
+    *,
+    catalogue: Catalogue,
+    prompts: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    cutoff_len: int,
+    sample: int = -1,
+    seed: int = 42,
+    cache_dir: Path,
+    num_proc: int | None = None,
+) -> Dataset:
+    """The tokenized examples of the tasks, on disk and memory-mapped, built once per node and content.
+
+    Columns: input_ids (list of int32), length, prompt_len, static_len, dropped, task (position in TASKS), user (a number
+    per user; -1 for item tasks). `sample` > 0 takes that many random rows for each task. The folder is named after a
+    hash of all that decides its content; other processes of the node wait for the first and then open the same files.
+    """
+    from filelock import FileLock
+
+    names = [task.name for task in TASKS.values() if task.group in tasks]
+    key = content_hash(
+        CACHE_FORMAT,
+        names,
+        [prompts[name] for name in names],
+        catalogue.items,
+        source.split,
+        *(file_hash(path) if path else None for path in source[:2]),
+        tokenizer_hash(tokenizer),
+        cutoff_len,
+        sample,
+        seed,
+    )
+    folder = Path(cache_dir) / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "summary.json").exists():
+            scratch = Path(f"{folder}.tmp")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            try:
+                encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=cutoff_len)
+                write_dataset(scratch, source, names, encoder, sample=sample, seed=seed, num_proc=num_proc)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(scratch, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return open_dataset(folder, cutoff_len)
+
+
+def write_dataset(
+    folder: Path, source: Source, names: list[str], encoder: Encoder, *, sample: int, seed: int, num_proc: int | None
+) -> None:
+    """Writes the Arrow files of each task and summary.json, which says in which order they belong together."""
+    import numpy as np
+
+    summary: dict[str, Any] = {"tasks": {}}
+    rows = {}
+    for number, name in enumerate(names):
+        task = TASKS[name]
+        if task.rows not in rows:
+            rows[task.rows] = row_table(task.rows, source, encoder.catalogue, folder)
+        table = rows[task.rows]
+        if 0 < sample < len(table):
+            chosen = np.random.default_rng([seed, number]).choice(len(table), sample, replace=False)
+            table = table.select(np.sort(chosen))
+        encoded = table.map(
+            functools.partial(encode_batch, task=task, encoder=encoder),
+            batched=True,
+            batch_size=1000,
+            num_proc=processes(len(table), num_proc),
+            remove_columns=table.column_names,
+            features=example_features(),
+            cache_file_name=str(folder / f"{name}.arrow"),
+            desc=f"Encoding {name}",
+        )
+        summary["tasks"][name] = {
+            "files": [Path(file["filename"]).name for file in encoded.cache_files],
+            "rows": len(table),
+            "examples": len(encoded),
+            "cut": int(np.count_nonzero(encoded.data.column("dropped").to_numpy())) if len(encoded) else 0,
+        }
+    texts = [item.title for item in encoder.catalogue.items]
+    summary["reserved"] = has_reserved_text(encoder.tokenizer, texts)
+    for table in rows.values():
+        for file in table.cache_files:
+            Path(file["filename"]).unlink()
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def processes(rows: int, num_proc: int | None) -> int | None:
+    """How many processes encode: none beside this one for what one process does in a second."""
+    wanted = num_proc or min(os.cpu_count() or 1, 8)
+    return wanted if rows >= 4000 and wanted > 1 else None
+
+
+def row_table(kind: str, source: Source, catalogue: Catalogue, folder: Path) -> Dataset:
+    """The rows as an Arrow table on disk: user (number), history (places), item (place), preference."""
+    from datasets import Dataset, Features, Sequence, Value
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    def generate() -> Iterator[dict]:
+        if kind == "items":
+            stream: Iterable[Row] = (Row("", (), place) for place in range(len(catalogue.items)))
+        elif kind == "interactions":
+            stream = read_rows(source.interactions, catalogue)
+        else:
+            stream = read_preferences(source.preferences, catalogue, source.split)
+        users: dict[str, int] = {"": -1}
+        for row in stream:
+            number = users.setdefault(row.user, len(users))
+            yield {"user": number, "history": row.history, "item": row.item, "preference": row.preference}
+
+    features = Features(
+        {
+            "user": Value("int32"),
+            "history": Sequence(Value("int32")),
+            "item": Value("int32"),
+            "preference": Value("string"),
+        }
+    )
+    from datasets.arrow_writer import ArrowWriter
+
+    path = folder / f"rows-{kind}.arrow"
+    disable_progress_bar()
+    try:
+        with ArrowWriter(features=features, path=str(path), writer_batch_size=1000) as writer:
+            for row in generate():
+                writer.write(row)
+            writer.finalize()
+    finally:
+        enable_progress_bar()
+    return Dataset.from_file(str(path))
+
+
+def example_features():
+    from datasets import Features, Sequence, Value
+
+    numbers = dict.fromkeys(("length", "prompt_len", "static_len", "dropped", "user"), Value("int32"))
+    return Features({"input_ids": Sequence(Value("int32")), "task": Value("int8"), **numbers})
+
+
+def encode_batch(batch: dict[str, list], *, task: Task, encoder: Encoder) -> dict[str, list]:
+    """Columns of rows -> columns of examples; rows that give no example are left out."""
+    rows = [
+        Row("", tuple(history), item, preference)
+        for history, item, preference in zip(batch["history"], batch["item"], batch["preference"], strict=True)
+    ]
+    pairs = [
+        (example, user) for example, user in zip(encoder.encode(task, rows), batch["user"], strict=True) if example
+    ]
+    return {
+        "input_ids": [example.input_ids for example, _ in pairs],
+        "task": [list(TASKS).index(task.name)] * len(pairs),
+        "length": [len(example.input_ids) for example, _ in pairs],
+        "prompt_len": [example.prompt_len for example, _ in pairs],
+        "static_len": [example.static_len for example, _ in pairs],
+        "dropped": [example.dropped for example, _ in pairs],
+        "user": [user for _, user in pairs],
+    }
+
+
+def open_dataset(folder: Path, cutoff_len: int) -> Dataset:
+    """The memory-mapped dataset of a finished folder; logs what was cut or left out, refuses an empty one."""
+    from datasets import Dataset, concatenate_datasets
+
+    summary = json.loads((folder / "summary.json").read_text())
+    if summary["reserved"]:
+        logger.warning(
+            f"{summary['reserved']:,} titles hold a SID or special token as text, which is read as that token"
+        )
+    for name, task in summary["tasks"].items():
+        if task["cut"]:
+            logger.info(
+                f"{name}: {task['cut']:,} of {task['examples']:,} examples lost old items to --cutoff_len {cutoff_len}"
+            )
+        if missing := task["rows"] - task["examples"]:
+            logger.info(
+                f"{name}: {missing:,} of {task['rows']:,} rows left out: no title, or template and answer alone "
+                f"are longer than --cutoff_len {cutoff_len}"
+            )
+        if not task["examples"]:
+            raise InputError(
+                f"task {name!r} has no example: its items have no titles (--item_meta_path) "
+                f"or --cutoff_len {cutoff_len} is shorter than template and answer"
+            )
+    files = [folder / file for task in summary["tasks"].values() for file in task["files"]]
+    return concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+
+
+def file_hash(path: Path) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error_text(error)})") from None
+
+
+def content_hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides a tokenizer's ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return content_hash(type(tokenizer).__name__, rules, tokenizer.eos_token_id)
+
+
+# ---------------------------------------------------------------------------------------------- the public names
+
+
+class SFTDataset:
+    """A map-style dataset of one task: {"input_ids", "attention_mask", "labels"}, the prompt's labels -100.
+
+    With test=True an example is its prompt alone and its labels are the answer's ids.
+    """
+
+    task_group: str
+    source_kind = "interactions"
+
+    def __init__(
+        self,
+        file: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        index_file: str,
+        item_file: str | None = None,
+        max_len: int = 512,
+        sample: int = -1,
+        seed: int = 42,
+        category: str = "",
+        test: bool = False,
+    ) -> None:
+        if tokenizer is None:
+            raise InputError(f"{type(self).__name__}: needs a tokenizer that knows the SID tokens")
+        catalogue = read_catalogue(Path(index_file), Path(item_file) if item_file else None)
+        prompts = read_prompts(None, category)
+        encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=max_len)
+        self.test = test
+        self.examples: list[Example] = []
+        self.texts: list[tuple[str, str]] = []
+        for task in (task for task in TASKS.values() if task.group == self.task_group):
+            rows = self.rows(file, catalogue)
+            if 0 < sample < len(rows):
+                import numpy as np
+
+                rows = [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), sample, replace=False))]
+            for row, example in zip(rows, encoder.encode(task, rows), strict=True):
+                if example is not None:
+                    self.examples.append(example)
+                    self.texts.append(render(task, row, catalogue, prompts))
+
+    def rows(self, file: str | None, catalogue: Catalogue) -> list[Row]:
+        if self.source_kind == "items":
+            return [Row("", (), place) for place in range(len(catalogue.items))]
+        if file is None:
+            raise InputError(f"{type(self).__name__}: needs the file of its {self.source_kind}")
+        if self.source_kind == "preferences":
+            return list(read_preferences(Path(file), catalogue, "train"))
+        return list(read_rows(Path(file), catalogue))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: int) -> dict[str, list[int]]:
+        ids, prompt_len = self.examples[place][:2]
+        if self.test:
+            return {"input_ids": ids[:prompt_len], "attention_mask": [1] * prompt_len, "labels": ids[prompt_len:]}
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [-100] * prompt_len + ids[prompt_len:],
+        }
+
+
+class SidSFTDataset(SFTDataset):
+    """SID history -> next SID."""
+
+    task_group = "sid_sid"
+
+
+class SidItemFeatDataset(SFTDataset):
+    """SID -> title and title -> SID of each item; takes no interaction file."""
+
+    task_group, source_kind = "item", "items"
+
+
+class FusionSeqRecDataset(SFTDataset):
+    """SID history -> next title."""
+
+    task_group = "sid_title"
+
+
+class SFTData(SFTDataset):
+    """Title history -> next title."""
+
+    task_group = "title_title"
+
+
+class TitleHistory2SidSFTDataset(SFTDataset):
+    """Title history -> next SID."""
+
+    task_group = "title_sid"
+
+
+class PreferenceSFTDataset(SFTDataset):
+    """SID history -> the user's preference in words, then the next SID."""
+
+    task_group, source_kind = "preference", "preferences"
+
+
+class UserPreference2sidSFTDataset(SFTDataset):
+    """SID history and the user's preference -> next SID."""
+
+    task_group, source_kind = "preference_sid", "preferences"
+
+
+class EvalSidDataset(SidSFTDataset):
+    """The prompts of SidSFTDataset, word for word, with the answers as labels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "test": True})

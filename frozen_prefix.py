@@ -1,0 +1,846 @@
+"""Two ways to the same loss: the plain forward, and the forward that knows what is constant while only SID rows train.
+
+A frozen causal decoder computes the same hidden states, keys and values for every token before the first SID of its
+sequence, at every step. With an example laid out as
+
+    template | own prefix | tail           template: the same tokens for every example of a task
+    --------- static ----- - dynamic -     own prefix: up to the first SID (a title history); tail: from the first SID on
+
+FrozenPrefix
+    - computes the template's keys and values once a run,
+    - runs own prefixes without gradients, those of one user as a single tree in which shared tokens stand once,
+    - runs only the tail with gradients, against the keys and values of what stands before it,
+    - keeps, within a budget of bytes, what the next epoch would compute again: hidden states, log-sum-exp and target
+      logits of the labels that are predicted from static positions, and keys and values of own prefixes,
+    - lets the loss reach the SID rows alone: as embeddings of the tail, and as rows of the output head.
+
+Positions are those of the full sequence, every number is the plain way's up to rounding, and the model is called
+through its public interface and left as it is.
+
+Shapes: B examples, S tokens of a batch, V vocabulary, D hidden size, M SID rows, n labels, P tokens with known keys
+and values, N nodes of a tree.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from data import TASKS
+from sid_rows import SidRows
+
+logger = logging.getLogger("sft.frozen_prefix")
+
+HEAD_CHUNK = 16_000_000  # logits held at a time, in values: 64 MB in float32, large enough to keep a matmul busy
+TAIL_TOKENS = 64  # tail tokens per example of a micro-batch, on average: bounds the activations kept for the backward
+STATIC_TOKENS = 256  # static tokens per example of a micro-batch: these keep no activations
+TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
+
+
+class Examples:
+    """A tokenized dataset as arrays, one entry per example; token ids stay memory-mapped."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        columns = dataset.data.table if hasattr(dataset.data, "table") else dataset.data
+        self.length, self.prompt_len, self.static_len, self.task, self.user = (
+            columns.column(name).to_numpy() for name in ("length", "prompt_len", "static_len", "task", "user")
+        )
+        chunks = columns.column("input_ids").chunks
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def ids(self, i: int) -> np.ndarray:
+        """Token ids of example i: prompt, answer, end token."""
+        chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
+        offsets, values = self._chunks[chunk]
+        place = i - self._starts[chunk]
+        return values[offsets[place] : offsets[place + 1]]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Supervised tokens of each example."""
+        return self.length - self.prompt_len
+
+
+# ---------------------------------------------------------------------------------------------- the head
+
+
+def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What some architectures do to the head's output: a scale, then a soft-cap. In float32, as the loss wants them."""
+    config = model.config.get_text_config()
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+class LabelLoss(torch.autograd.Function):
+    """Sum of -log p(target) over labels, with gradients to the hidden states and to the SID rows of the head only.
+
+    hidden (n, D), rows (M, D): differentiable; weight (V, D) holds the rows' current values; targets (n,). The gradient
+    is computed with the loss, chunk by chunk, so no (n, V) tensor outlives its chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, rows, weight, bias, ids, targets, finish):  # noqa: D102
+        chunk = max(1, HEAD_CHUNK // weight.shape[0])
+        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_rows = torch.zeros_like(rows, dtype=loss.dtype) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), chunk):
+            part, wanted = hidden[start : start + chunk], targets[start : start + chunk]
+            raw = F.linear(part, weight, bias)
+            if not any(ctx.needs_input_grad):
+                loss += F.cross_entropy(finish(raw), wanted, reduction="sum")
+                continue
+            with torch.enable_grad():
+                raw.requires_grad_()
+                part_loss = F.cross_entropy(finish(raw), wanted, reduction="sum")
+                (grad,) = torch.autograd.grad(part_loss, raw)
+            loss += part_loss.detach()
+            if grad_hidden is not None:
+                grad_hidden[start : start + chunk] = grad @ weight
+            if grad_rows is not None:
+                grad_rows += (grad[:, ids].T @ part).to(grad_rows.dtype)
+        ctx.save_for_backward(grad_hidden, grad_rows)
+        ctx.rows_dtype = rows.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        grad_hidden, grad_rows = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_rows is None else (grad_rows * grad).to(ctx.rows_dtype),
+            *[None] * 5,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the plain way
+
+
+class PlainForward:
+    """Whole sequences with gradients; logits only where a label stands."""
+
+    def __init__(self, model: PreTrainedModel, examples: Examples, micro_batch_size: int) -> None:
+        self.model, self.examples, self.micro_batch_size = model, examples, micro_batch_size
+
+    def cut(self, indices: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """The examples of a step as (micro-batch, cost), sorted by length so that little is padding."""
+        ordered = indices[np.argsort(self.examples.length[indices], kind="stable")]
+        parts = [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
+        return [(part, float(len(part) * self.examples.length[part].max())) for part in parts]
+
+    def nll(self, indices: np.ndarray) -> Tensor:
+        """Sums of -log p over the labels of the examples, per task (len(TASKS),).
+
+        The end token is no input: nothing is predicted from it.
+        """
+        device = self.model.device
+        rows = [self.examples.ids(i) for i in indices]
+        inputs = torch.from_numpy(pad([row[:-1] for row in rows])).to(device)
+        columns = [
+            np.arange(self.examples.prompt_len[i] - 1, len(row) - 1) for i, row in zip(indices, rows, strict=True)
+        ]
+        places = np.concatenate([b * inputs.shape[1] + column for b, column in enumerate(columns)])
+        targets = np.concatenate([row[column + 1] for row, column in zip(rows, columns, strict=True)])
+        # Right padding needs no mask: in a causal model nothing real reads what stands behind it.
+        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1)[torch.from_numpy(places).to(device)]
+        logits = finish_logits(self.model, self.model.get_output_embeddings()(hidden))
+        losses = F.cross_entropy(logits, torch.from_numpy(targets.astype(np.int64)).to(device), reduction="none")
+        tasks = np.repeat(self.examples.task[indices], self.examples.labels[indices]).astype(np.int64)
+        return losses.new_zeros(len(TASKS)).index_add(0, torch.from_numpy(tasks).to(device), losses)
+
+
+def pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
+    """Rows of ints as one (B, S) int64 matrix, filled up on the right."""
+    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = values
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- trees
+
+
+class Tree(NamedTuple):
+    """Token sequences with their shared beginnings stored once.
+
+    tokens, depth: (N,) nodes in an order in which a parent stands before its children; paths: for each sequence, the
+    nodes of its tokens. Two sequences [5, 6, 7] and [5, 6, 8, 9] -> tokens [5, 6, 7, 8, 9], depth [0, 1, 2, 2, 3],
+    paths [[0, 1, 2], [0, 1, 3, 4]].
+    """
+
+    tokens: np.ndarray
+    depth: np.ndarray
+    paths: list[np.ndarray]
+
+    def ancestors(self) -> np.ndarray:
+        """(N, N) bool: whether the column's node is the row's or stands above it."""
+        seen = np.zeros((len(self.tokens), len(self.tokens)), dtype=bool)
+        for path in self.paths:
+            seen[np.ix_(path, path)] |= np.tri(len(path), dtype=bool)
+        return seen
+
+
+def build_tree(sequences: list[np.ndarray]) -> Tree:
+    """The tree of some sequences; a sequence shares with its predecessor in lexicographic order all it shares at all."""
+    tokens: list[np.ndarray] = []
+    depth: list[np.ndarray] = []
+    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
+    count, before, path_before = 0, np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
+    for place in sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()):
+        sequence = sequences[place]
+        shared = common_prefix(before, sequence)
+        new = np.arange(count, count + len(sequence) - shared)
+        tokens.append(sequence[shared:])
+        depth.append(np.arange(shared, len(sequence)))
+        paths[place] = np.concatenate([path_before[:shared], new])
+        count, before, path_before = count + len(new), sequence, paths[place]
+    return Tree(np.concatenate(tokens), np.concatenate(depth), paths)
+
+
+def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
+    """How many leading tokens two sequences share."""
+    size = min(len(left), len(right))
+    differ = np.nonzero(left[:size] != right[:size])[0]
+    return int(differ[0]) if len(differ) else size
+
+
+# ---------------------------------------------------------------------------------------------- keys and values
+
+
+Past = list[list[tuple[Tensor, Tensor]]]  # per layer, pieces of keys and values, each (1 or B, heads, P, head size)
+
+
+class TreeKeys(NamedTuple):
+    """Keys and values of a tree of own prefixes. keys (N, layers, 2, heads, head size); depth (N,); paths: example ->
+    the nodes of its own prefix."""
+
+    keys: Tensor
+    depth: np.ndarray
+    paths: dict[int, np.ndarray]
+
+
+class KnownKeys(Cache):
+    """A cache whose past is given per layer as pieces, each (1 or B, heads, P, head size); keeps the new part if asked."""
+
+    def __init__(self, past: Past, *, keep: bool) -> None:
+        super().__init__(layers=[])
+        self.past, self.keep = past, keep
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        if self.keep:
+            self.new[layer_idx] = (key_states, value_states)
+        batch = key_states.shape[0]
+        pieces = self.past[layer_idx] if self.past else []
+        past = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in pieces]
+        keys, values = zip(*past, (key_states, value_states), strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return known_tokens(self.past)
+
+
+def known_tokens(past: Past) -> int:
+    """How many tokens the pieces of a past hold together."""
+    return sum(keys.shape[2] for keys, _ in past[0]) if past else 0
+
+
+class Store:
+    """Room for what is kept over the run, in bytes: on the model's device, or mapped to a file of `folder`."""
+
+    def __init__(self, budget: int, device: torch.device, folder: Path | None) -> None:
+        self.left, self.device, self.folder, self.files = budget, device, folder, 0
+
+    def has_room(self, size: int) -> bool:
+        return size <= self.left
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """An empty tensor, or None where the budget does not reach."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        if not self.has_room(size):
+            return None
+        self.left -= size
+        if self.folder is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        self.files += 1
+        path = self.folder / f"store-{self.files}"
+        tensor = torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+        path.unlink()  # the mapping lives on, and nothing is left behind whatever happens
+        return tensor
+
+
+class StaticLabels(NamedTuple):
+    """Labels predicted from static positions. hidden (n, D); rest: log-sum-exp over the frozen logits (n,); target
+    logit (n,), of use where the target is frozen; target ids (n,)."""
+
+    hidden: Tensor
+    rest: Tensor
+    logit: Tensor
+    target: Tensor
+
+
+# ---------------------------------------------------------------------------------------------- the frozen prefix
+
+
+class FrozenPrefix:
+    """The loss of freeze mode with static work done once; see the head of this file.
+
+    `group_users`: the examples of one user and task that fall into one step are one tree in the tail, too.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: SidRows,
+        examples: Examples,
+        micro_batch_size: int,
+        *,
+        cache_bytes: int = 0,
+        cache_folder: Path | None = None,
+        group_users: bool = False,
+    ) -> None:
+        self.model, self.rows, self.examples, self.group_users = model, rows, examples, group_users
+        self.device, self.dtype = model.device, model.dtype
+        self.tail_tokens, self.static_tokens = micro_batch_size * TAIL_TOKENS, micro_batch_size * STATIC_TOKENS
+        self.embedding = model.get_input_embeddings()
+        self.head = model.get_output_embeddings()
+        self.scale = embedding_scale(model)
+        vocabulary = self.embedding.weight.shape[0]
+        self.row_of = torch.full((vocabulary,), -1, device=self.device)
+        self.row_of[rows.ids] = torch.arange(len(rows.ids), device=self.device)
+        self.window = sliding_window(model)
+        self.key_bytes = key_bytes(model)
+
+        self.templates = self.find_templates()  # task -> tokens shared by all its examples
+        self.template_len = np.array([len(self.templates.get(task, ())) for task in range(128)])[examples.task]
+        self.static_end = np.minimum(examples.static_len, examples.length - 1)  # the last token is never an input
+        self.static_labels = np.maximum(0, self.static_end - examples.prompt_len + 1)
+        self.own_len = self.static_end - self.template_len
+        self.tail_len = examples.length - 1 - self.static_end
+        self.template_keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+        self.store = Store(cache_bytes, self.device, cache_folder)
+        self.label_start = np.concatenate([[0], np.cumsum(self.static_labels)])
+        self.kept_labels = self.make_label_store()
+        self.has_labels = np.zeros(len(examples), dtype=bool)
+        self.trees: dict[int, tuple[list[int], Tree]] = {}  # number -> members, tree of their own prefixes
+        self.tree_of = self.plant_trees()
+        self.passing_trees: set[int] = set()
+        self.tree_keys: dict[int, TreeKeys] = {}
+
+    # ---- what is shared
+
+    def find_templates(self) -> dict[int, np.ndarray]:
+        """The longest common token prefix of each task, at most up to the first position that predicts a label."""
+        found = {}
+        for task in np.unique(self.examples.task):
+            members = np.nonzero(self.examples.task == task)[0]
+            bound = min(int(np.minimum(self.examples.static_len, self.examples.prompt_len - 1)[members].min()), 10**6)
+            shared = self.examples.ids(members[0])[:bound]
+            for i in members[1:]:
+                shared = shared[: common_prefix(shared, self.examples.ids(i)[: len(shared)])]
+            found[int(task)] = np.array(shared)
+        return found
+
+    def plant_trees(self) -> np.ndarray:
+        """Groups the examples that have an own prefix by task and user into trees; returns each example's tree, or -1."""
+        examples = self.examples
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i in np.nonzero(self.own_len > 0)[0]:
+            user = int(examples.user[i])
+            groups[(int(examples.task[i]), user if user >= 0 else -int(i) - 2)].append(int(i))
+        tree_of = np.full(len(examples), -1, dtype=np.int64)
+        for members in groups.values():
+            for part in self.split_members(members):
+                tree = build_tree([examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in part])
+                tree_of[part] = len(self.trees)
+                self.trees[len(self.trees)] = (part, tree)
+        return tree_of
+
+    def split_members(self, members: list[int]) -> Iterable[list[int]]:
+        """Cuts a user's examples, shortest first, so that no tree can outgrow TREE_TOKENS (a lone example may)."""
+        part, size = [], 0
+        for i in sorted(members, key=lambda i: (self.examples.prompt_len[i], i)):
+            # Upper bound: the longest prompt, which the others share, and each one's own static answer.
+            answer = max(0, int(self.static_end[i] - self.examples.prompt_len[i]))
+            grown = size + answer
+            if part and grown + int(self.examples.prompt_len[i]) > TREE_TOKENS:
+                yield part
+                part, grown = [], answer
+            part.append(i)
+            size = grown
+        yield part
+
+    def keys_of_template(self, task: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of a task's template, computed once."""
+        if task not in self.template_keys:
+            tokens = self.templates[task]
+            if not len(tokens):
+                self.template_keys[task] = []
+            else:
+                tree = Tree(tokens, np.arange(len(tokens)), [np.arange(len(tokens))])
+                _, new = self.run_trees([tree], start=0, past=[], rows=None, keep=True)
+                self.template_keys[task] = [new[layer] for layer in sorted(new)]
+        return self.template_keys[task]
+
+    # ---- one call of the model
+
+    def run_trees(
+        self,
+        trees: list[Tree],
+        *,
+        start: int,
+        past: Past,
+        rows: Tensor | None,
+        keep: bool,
+        depth_seen: list[tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """Hidden states (B, S, D) of trees whose first tokens stand at position `start`, and new keys and values if kept.
+
+        past: per layer, pieces of keys and values before the trees. depth_seen: per tree, for the last piece, the
+        positions of its P entries (P,) and which of them each node reads (N, P); the pieces before are read by all.
+        """
+        size = max(len(tree.tokens) for tree in trees)
+        tokens = torch.from_numpy(pad([tree.tokens for tree in trees])).to(self.device)
+        positions = pad([tree.depth + start for tree in trees])
+        seen = np.zeros((len(trees), size, size), dtype=bool)
+        for b, tree in enumerate(trees):
+            nodes = len(tree.tokens)
+            seen[b, :nodes, :nodes] = np.tri(nodes, dtype=bool) if len(tree.paths) == 1 else tree.ancestors()
+        seen[:, np.arange(size), np.arange(size)] = True  # padding reads itself, so that no softmax is empty
+        known = known_tokens(past)
+        visible = np.ones((len(trees), size, known + size), dtype=bool)
+        visible[:, :, known:] = seen
+        key_positions = np.zeros((len(trees), known + size), dtype=np.int64)
+        key_positions[:, known:] = positions
+        if known:
+            own = 0 if depth_seen is None else max(len(places) for places, _ in depth_seen)
+            key_positions[:, : known - own] = np.arange(known - own)
+            if depth_seen is not None:
+                visible[:, :, known - own : known] = False
+                for b, (places, reads) in enumerate(depth_seen):
+                    visible[b, : len(reads), known - own : known - own + len(places)] = reads
+                    key_positions[b, known - own : known - own + len(places)] = places
+        cache = KnownKeys(past, keep=keep)
+        output = self.model.base_model(
+            inputs_embeds=self.embed(tokens, rows),
+            attention_mask=self.masks(visible, positions, key_positions),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, cache.new
+
+    def embed(self, tokens: Tensor, rows: Tensor | None) -> Tensor:
+        """Embeddings (B, S, D); those of SID tokens come from `rows`, through which their gradient flows."""
+        with torch.no_grad():
+            frozen = self.embedding(tokens)
+        if rows is None:
+            return frozen
+        place = self.row_of[tokens]
+        trained = F.embedding(place.clamp(min=0), rows)
+        if self.scale is not None:
+            trained = trained * self.scale
+        return torch.where((place >= 0).unsqueeze(-1), trained, frozen)
+
+    def masks(
+        self, visible: np.ndarray, positions: np.ndarray, key_positions: np.ndarray
+    ) -> Tensor | dict[str, Tensor]:
+        """Additive masks (B, 1, S, P + S), one per kind of layer where a model has both kinds."""
+        kinds = self.window.kinds
+        masks = {}
+        for kind in kinds:
+            seen = visible
+            if kind == "sliding_attention":
+                seen = visible & (positions[:, :, None] - key_positions[:, None, :] < self.window.size)
+            allowed = torch.from_numpy(seen).to(self.device).unsqueeze(1)
+            mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+            masks[kind] = mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+        return masks if len(kinds) > 1 else masks[kinds[0]]
+
+    # ---- static labels
+
+    def make_label_store(self) -> StaticLabels | None:
+        count, width = int(self.label_start[-1]), self.embedding.weight.shape[1]
+        number = torch.promote_types(self.dtype, torch.float32)
+        tensors = [
+            self.store.take((count, width), self.dtype),
+            *(self.store.take((count,), number) for _ in range(2)),
+            self.store.take((count,), torch.int64),
+        ]
+        return None if any(tensor is None for tensor in tensors) else StaticLabels(*tensors)
+
+    @torch.no_grad()
+    def static_pass(self, indices: np.ndarray) -> dict[int, StaticLabels]:
+        """Runs what the examples' static labels and tails need and no store has yet.
+
+        Returns the static labels of the examples where there is no store for them; keys and values go to `tree_keys`
+        (kept there for the run if the budget allows, else until `forget`).
+        """
+        wanted = [
+            int(i)
+            for i in indices
+            if self.tree_of[i] >= 0
+            and (
+                (self.static_labels[i] and not self.has_labels[i])
+                or (self.tail_len[i] and self.tree_of[i] not in self.tree_keys)
+            )
+        ]
+        members: dict[int, list[int]] = defaultdict(list)
+        for i in wanted:
+            members[int(self.tree_of[i])].append(i)
+        loose: dict[int, StaticLabels] = {}
+        for batch in self.tree_batches(members):
+            task = int(self.examples.task[batch[0][1][0]])
+            trees = [tree for _, _, tree in batch]
+            keep = any(self.tail_len[i] for _, group, _ in batch for i in group)
+            past = [[piece] for piece in self.keys_of_template(task)]
+            hidden, new = self.run_trees(trees, start=len(self.templates[task]), past=past, rows=None, keep=keep)
+            for b, (number, group, tree) in enumerate(batch):
+                if keep:
+                    self.keep_keys(number, group, tree, new, b)
+            loose |= self.read_labels(batch, hidden)
+        return loose
+
+    def tree_batches(self, members: dict[int, list[int]]) -> Iterable[list[tuple[int, list[int], Tree]]]:
+        """Batches of (tree number, examples, tree) of one size. A tree is run whole, for all of its examples at once, where
+        what it gives is kept; otherwise only for the examples that are wanted now."""
+        entries = []
+        for number, group in members.items():
+            everyone, tree = self.trees[number]
+            labels_kept = self.kept_labels is not None and not self.has_labels[everyone].all()
+            keys_kept = any(self.tail_len[i] for i in group) and self.store.has_room(len(tree.tokens) * self.key_bytes)
+            if labels_kept or keys_kept:
+                group = everyone
+            elif len(group) < len(everyone):
+                tree = build_tree([self.examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in group])
+            entries.append((number, group, tree))
+        entries.sort(key=lambda entry: len(entry[2].tokens))
+        batch: list[tuple[int, list[int], Tree]] = []
+        for entry in entries:
+            if batch and (len(batch) + 1) * len(entry[2].tokens) > self.static_tokens:
+                yield batch
+                batch = []
+            batch.append(entry)
+        if batch:
+            yield batch
+
+    def keep_keys(
+        self, number: int, group: list[int], tree: Tree, new: dict[int, tuple[Tensor, Tensor]], b: int
+    ) -> None:
+        """Keeps row b of new keys and values for the run, or until `forget` where the budget has no room."""
+        nodes = len(tree.tokens)
+        layers = [torch.stack([k[b, :, :nodes], v[b, :, :nodes]]) for k, v in (new[layer] for layer in sorted(new))]
+        keys = torch.stack(layers).permute(3, 0, 1, 2, 4)
+        room = self.store.take(tuple(keys.shape), keys.dtype)
+        if room is None:
+            self.passing_trees.add(number)
+        self.tree_keys[number] = TreeKeys(
+            keys if room is None else room.copy_(keys), tree.depth, dict(zip(group, tree.paths, strict=True))
+        )
+
+    def forget(self) -> None:
+        """Drops the keys and values that the budget had no room for."""
+        for number in self.passing_trees:
+            self.tree_keys.pop(number, None)
+        self.passing_trees.clear()
+
+    def read_labels(self, batch: list[tuple[int, list[int], Tree]], hidden: Tensor) -> dict[int, StaticLabels]:
+        """The static labels of the trees' examples, from the trees' hidden states; kept if there is a store."""
+        examples, places, targets, owners = self.examples, [], [], []
+        for b, (_, group, tree) in enumerate(batch):
+            for i, path in zip(group, tree.paths, strict=True):
+                if not self.static_labels[i]:
+                    continue
+                first = examples.prompt_len[i] - 1
+                nodes = path[first - self.template_len[i] :]
+                places.append(b * hidden.shape[1] + nodes)
+                targets.append(examples.ids(i)[first + 1 : first + 1 + len(nodes)])
+                owners.append(i)
+        if not owners:
+            return {}
+        rows = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(places)).to(self.device)]
+        target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)
+        labels = StaticLabels(rows, *self.frozen_logits(rows, target), target)
+        loose, start = {}, 0
+        for i in owners:
+            end = start + int(self.static_labels[i])
+            part = StaticLabels(*(tensor[start:end] for tensor in labels))
+            if self.kept_labels is None:
+                loose[i] = part
+            else:
+                for kept, tensor in zip(self.kept_labels, part, strict=True):
+                    kept[self.label_start[i] : self.label_start[i + 1]] = tensor
+                self.has_labels[i] = True
+            start = end
+        return loose
+
+    def frozen_logits(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp of all logits but the SID rows' (n,), and the logit of the target (n,)."""
+        rest, logit = [], []
+        for part, wanted in zip(
+            *(t.split(max(1, HEAD_CHUNK // len(self.head.weight))) for t in (hidden, target)), strict=True
+        ):
+            logits = finish_logits(self.model, F.linear(part, self.head.weight, self.head.bias))
+            logit.append(logits.gather(1, wanted[:, None]).squeeze(1))
+            logits[:, self.rows.ids] = -torch.inf
+            rest.append(logits.logsumexp(1))
+        return torch.cat(rest), torch.cat(logit)
+
+    def static_nll(self, indices: np.ndarray, loose: dict[int, StaticLabels], rows: Tensor) -> Tensor:
+        """Sum of -log p over the static labels of the examples, differentiable in the head's SID rows (M, D)."""
+        owners = [int(i) for i in indices if self.static_labels[i]]
+        if not owners:
+            return rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+        if self.kept_labels is None:
+            labels = StaticLabels(*(torch.cat(parts) for parts in zip(*(loose[i] for i in owners), strict=True)))
+        else:
+            spans = [np.arange(self.label_start[i], self.label_start[i + 1]) for i in owners]
+            places = torch.from_numpy(np.concatenate(spans)).to(self.kept_labels.hidden.device)
+            labels = StaticLabels(*(tensor[places].to(self.device) for tensor in self.kept_labels))
+        bias = None if self.head.bias is None else self.head.bias[self.rows.ids]
+        sid_logits = finish_logits(self.model, F.linear(labels.hidden, rows, bias))
+        place = self.row_of[labels.target]
+        trained = sid_logits.gather(1, place.clamp(min=0)[:, None]).squeeze(1)
+        target = torch.where(place >= 0, trained, labels.logit)
+        return (torch.logaddexp(labels.rest, sid_logits.logsumexp(1)) - target).sum()
+
+    # ---- tails
+
+    def tail_nll(self, indices: np.ndarray, rows: Tensor, head_rows: Tensor) -> Tensor:
+        """Sum of -log p over the labels predicted from the tails, differentiable in both tables' SID rows (M, D)."""
+        examples = self.examples
+        task = int(examples.task[indices[0]])
+        trees, reads, keys, places, targets = [], [], [], [], []
+        for group in self.tail_groups(indices):
+            tree, static = self.tail_tree(group)
+            if static is not None:
+                nodes, seen = static
+                known = self.tree_keys[int(self.tree_of[group[0]])]
+                keys.append(known.keys[torch.from_numpy(nodes)])
+                reads.append((known.depth[nodes] + len(self.templates[task]), seen))
+            for i, path in zip(group, tree.paths, strict=True):
+                first = max(int(examples.prompt_len[i]) - 1, int(self.static_end[i]))  # first predicting position here
+                places.append((len(trees), path[len(path) - (int(examples.length[i]) - 1 - first) :]))
+                targets.append(examples.ids(i)[first + 1 :])
+            trees.append(tree)
+        template = self.keys_of_template(task)
+        past = [[piece] for piece in template]
+        if keys:
+            own = self.stack_keys(keys)
+            past = [[*pieces, piece] for pieces, piece in zip(past or [[]] * len(own), own, strict=True)]
+        hidden, _ = self.run_trees(
+            trees, start=len(self.templates[task]), past=past, rows=rows, keep=False, depth_seen=reads or None
+        )
+        flat = np.concatenate([b * hidden.shape[1] + path for b, path in places])
+        hidden = hidden.flatten(0, 1)[torch.from_numpy(flat).to(self.device)]
+        target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)
+        finish = lambda logits: finish_logits(self.model, logits)  # noqa: E731
+        weight, bias = self.head.weight.detach(), self.head.bias
+        return LabelLoss.apply(hidden, head_rows, weight, bias, self.rows.ids, target, finish)
+
+    def tail_groups(self, indices: np.ndarray) -> list[list[int]]:
+        """The rows of a tail batch: single examples, or with `group_users` those of one user (and static tree)."""
+        if not self.group_users:
+            return [[int(i)] for i in indices]
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i in indices:
+            user = int(self.examples.user[i])
+            groups[(user if user >= 0 else -int(i) - 2, int(self.tree_of[i]))].append(int(i))
+        return list(groups.values())
+
+    def tail_tree(self, group: list[int]) -> tuple[Tree, tuple[np.ndarray, np.ndarray] | None]:
+        """The tree of a group's tails, and what of its static tree it reads: nodes (P,), and which each tail node sees."""
+        examples = self.examples
+        if len(group) == 1:
+            (i,) = group
+            tokens = examples.ids(i)[self.static_end[i] : examples.length[i] - 1]
+            tree = Tree(tokens, np.arange(len(tokens)) + int(self.own_len[i]), [np.arange(len(tokens))])
+            if self.tree_of[i] < 0:
+                return tree, None
+            path = self.tree_keys[int(self.tree_of[i])].paths[i]
+            return tree, (path, np.ones((len(tokens), len(path)), dtype=bool))
+        whole = build_tree([examples.ids(i)[self.template_len[i] : examples.length[i] - 1] for i in group])
+        dynamic = np.zeros(len(whole.tokens), dtype=bool)
+        for i, path in zip(group, whole.paths, strict=True):
+            dynamic[path[int(self.own_len[i]) :]] = True
+        number = np.cumsum(dynamic) - 1
+        paths = [number[path[int(self.own_len[i]) :]] for i, path in zip(group, whole.paths, strict=True)]
+        tree = Tree(whole.tokens[dynamic], whole.depth[dynamic], paths)
+        if self.tree_of[group[0]] < 0:
+            return tree, None
+        own_paths = self.tree_keys[int(self.tree_of[group[0]])].paths
+        nodes = np.unique(np.concatenate([own_paths[i] for i in group]))
+        seen = np.zeros((len(tree.tokens), len(nodes)), dtype=bool)
+        for i, path in zip(group, paths, strict=True):
+            seen[np.ix_(path, np.searchsorted(nodes, own_paths[i]))] = True
+        return tree, (nodes, seen)
+
+    def stack_keys(self, keys: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (P, layers, 2, heads, head size) of each row -> per layer (B, heads, P, head size), padded."""
+        padded = torch.nn.utils.rnn.pad_sequence([k.to(self.device) for k in keys], batch_first=True)
+        layers = padded.permute(2, 3, 0, 4, 1, 5)  # (layers, 2, B, heads, P, head size)
+        return [(layer[0], layer[1]) for layer in layers]
+
+    # ---- the interface of a forward
+
+    def cut(self, indices: np.ndarray) -> list[tuple[np.ndarray, float]]:
+        """The examples of a step as (micro-batch, cost): one task each, tails of one size together."""
+        examples, parts = self.examples, []
+        for task in np.unique(examples.task[indices]):
+            members = indices[examples.task[indices] == task]
+            for has_tail in (False, True):
+                some = members[(self.tail_len[members] > 0) == has_tail]
+                parts += self.cut_task(some, has_tail=has_tail) if len(some) else []
+        return parts
+
+    def cut_task(self, members: np.ndarray, *, has_tail: bool) -> list[tuple[np.ndarray, float]]:
+        size = self.tail_len if has_tail else self.static_labels
+        groups = self.tail_groups(members)
+        widest = [sum(int(size[i]) for i in group) if len(group) > 1 else int(size[group[0]]) for group in groups]
+        order = sorted(
+            range(len(groups)), key=lambda g: (widest[g], sum(self.own_len[i] for i in groups[g]), groups[g])
+        )
+        parts: list[list[int]] = [[]]
+        count = 0
+        for g in order:
+            if parts[-1] and (count + 1) * widest[g] > self.tail_tokens:
+                parts.append([])
+                count = 0
+            parts[-1] += groups[g]
+            count += 1
+        return [(np.array(part), self.cost(part)) for part in parts]
+
+    def cost(self, part: list[int]) -> float:
+        """Forward passes of a token, roughly: a tail token costs two (forward and backward), a new static one costs one."""
+        static = sum(int(self.own_len[i]) for i in part if not self.has_labels[i])
+        return (
+            2.0 * sum(int(self.tail_len[i]) for i in part)
+            + static
+            + 0.1 * sum(int(self.static_labels[i]) for i in part)
+        )
+
+    def nll(self, indices: np.ndarray) -> Tensor:
+        """Sums of -log p over the labels of a micro-batch (of one task), per task (len(TASKS),).
+
+        The backward reaches the masters of the SID rows, and nothing else.
+        """
+        casts = [master.to(self.dtype) for master in self.rows.masters]
+        rows, head_rows = casts[0], casts[-1]
+        loss = self.static_nll(indices, self.static_pass(indices), head_rows)
+        tails = indices[self.tail_len[indices] > 0]
+        if len(tails):
+            loss = loss + self.tail_nll(tails, rows, head_rows)
+        self.forget()
+        task = int(self.examples.task[indices[0]])
+        return F.pad(loss.view(1), (task, len(TASKS) - 1 - task))
+
+    def shares(self) -> str:
+        """What the tokens are, in words: template, own prefix and tail add up to all."""
+        total = int(self.examples.length.sum()) / 100
+        template, own, labels = (
+            int(part.sum()) / total for part in (self.template_len, self.own_len, self.examples.labels)
+        )
+        return f"{template:.0f}% template, {own:.0f}% own prefix, {100 - template - own:.0f}% tail; {labels:.0f}% carry a label"
+
+
+# ---------------------------------------------------------------------------------------------- which models
+
+
+class Window(NamedTuple):
+    """The kinds of attention layers of a model, and the size in tokens of its sliding window."""
+
+    kinds: list[str]
+    size: int
+
+
+def sliding_window(model: PreTrainedModel) -> Window:
+    config = model.config.get_text_config()
+    size = getattr(config, "sliding_window", None)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ["sliding_attention" if size else "full_attention"]))
+    return Window(kinds, size or 0)
+
+
+def key_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one token's keys and values over all layers (an upper bound where layers differ)."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+
+
+def embedding_scale(model: PreTrainedModel) -> Tensor | None:
+    """The factor that some embedding modules apply to their rows, or None."""
+    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+    if scale is None:
+        return None
+    weight = model.get_input_embeddings().weight
+    return torch.as_tensor(scale).to(weight)
+
+
+def why_not_exact(model: PreTrainedModel) -> str:
+    """Why the frozen prefix cannot be exact for an architecture, in words; "" where nothing speaks against it."""
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if getattr(model, "_is_stateful", False):
+        return "it has recurrent layers"
+    if unknown := set(sliding_window(model).kinds) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of {min(unknown)}"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
+        return "its attention is bidirectional"
+    if getattr(config, "output_router_logits", False):
+        return "it adds a router loss"
+    for rope in rope_types(getattr(config, "rope_parameters", None)):
+        if rope in ("dynamic", "longrope"):
+            return f"its {rope} positions depend on the longest one"
+    accepted = inspect.signature(model.base_model.forward).parameters
+    if model.base_model is model or not {"inputs_embeds", "past_key_values", "position_ids"} <= accepted.keys():
+        return "its forward takes no embeddings, positions or known keys"
+    return ""
+
+
+def rope_types(parameters: dict | None) -> list[str]:
+    """The rope types in a config's rope_parameters, which may be given per kind of layer."""
+    if not parameters:
+        return []
+    if "rope_type" in parameters:
+        return [parameters["rope_type"]]
+    return [rope for value in parameters.values() if isinstance(value, dict) for rope in rope_types(value)]
+
+
+def disagreement(plain: PlainForward, frozen: FrozenPrefix) -> float:
+    """The relative difference of the two ways' losses over the two shortest examples of each task."""
+    examples, worst = plain.examples, 0.0
+    with torch.no_grad():
+        for task in np.unique(examples.task):
+            members = np.nonzero(examples.task == task)[0]
+            two = members[np.argsort(examples.length[members], kind="stable")[:2]]
+            expected, found = plain.nll(two).sum(), frozen.nll(two).sum()
+            worst = max(worst, float((found - expected).abs() / expected.abs()))
+    return worst
