@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from data import InputError
 
@@ -83,12 +83,17 @@ class SidRows:
         return sum(master.numel() for master in self.masters)
 
     def collect_gradients(self) -> None:
-        """Moves the SID rows of dense gradients that a plain backward left on the model to the masters."""
+        """Moves the SID rows of dense gradients that a plain backward left on the model to the masters.
+
+        A table that no loss of the step has reached gets zeros, so that its moments decay as they would in a dense step.
+        """
         for _, weight, master in self.tables:
             if weight.grad is not None:
                 rows = weight.grad[self.ids].to(master.dtype)
                 master.grad = rows if master.grad is None else master.grad + rows
                 weight.grad = None
+            elif master.grad is None:
+                master.grad = torch.zeros_like(master)
 
     @torch.no_grad()
     def write(self) -> None:

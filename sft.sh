@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Trains on every GPU of this machine (on the CPU where there is none) and hands all arguments on to sft.py:
+#
+#   bash sft.sh                                                    # the embedded demo
+#   CATEGORY=Industrial_and_Scientific bash sft.sh                 # files of data/amazon, named after the category
+#   CATEGORY=Toys DATA_DIR=/data/toys BASE_MODEL=Qwen/Qwen2.5-0.5B bash sft.sh --freeze_LLM True --num_epochs 5
+#
+# Every knob is an environment variable; an argument wins over it. On several nodes set NNODES, NODE_RANK and
+# MASTER_ADDR (and MASTER_PORT) on each.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+
+# ---- processes: one per GPU that this shell may see, one on a CPU
+if [ -z "${NPROC_PER_NODE:-}" ]; then
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    NPROC_PER_NODE=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+  elif [ -z "${CUDA_VISIBLE_DEVICES+set}" ] && command -v nvidia-smi >/dev/null 2>&1; then
+    NPROC_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+  fi
+fi
+NPROC_PER_NODE=${NPROC_PER_NODE:-1}
+[ "$NPROC_PER_NODE" -ge 1 ] || NPROC_PER_NODE=1
+NNODES=${NNODES:-1}
+WORLD=$((NPROC_PER_NODE * NNODES))
+
+arguments=()
+add() { [ -z "$2" ] || arguments+=("--$1" "$2"); }
+given() { local name=$1 argument; shift; for argument; do [[ $argument != "--$name" && $argument != "--$name="* ]] || return 0; done; return 1; }
+# A knob becomes a flag unless the same flag was given as an argument.
+knob() { given "$1" "${@:3}" || add "$1" "$2"; }
+
+# ---- what is trained on
+CATEGORY=${CATEGORY:-}
+if [ -z "$CATEGORY" ] && [ -z "${TRAIN_FILE:-}" ] && ! given train_file "$@" && ! given help "$@" && ! given category "$@"; then
+  DEMO_DIR=${DEMO_DIR:-output/demo/data}
+  "$PYTHON" demo.py "$DEMO_DIR"
+  BASE_MODEL=${BASE_MODEL:-$DEMO_DIR/base}
+  TRAIN_FILE=$DEMO_DIR/shop.train.csv EVAL_FILE=$DEMO_DIR/shop.valid.csv
+  SID_INDEX_PATH=$DEMO_DIR/shop.index.json ITEM_META_PATH=$DEMO_DIR/shop.item.json
+  CATEGORY=kitchen OUTPUT_DIR=${OUTPUT_DIR:-output/demo/run}
+  FREEZE_LLM=${FREEZE_LLM:-True} NUM_EPOCHS=${NUM_EPOCHS:-6} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
+  BATCH_SIZE=${BATCH_SIZE:-$((128 * WORLD))} EVAL_STEPS=${EVAL_STEPS:-0.1} SAVE_STEPS=${SAVE_STEPS:-0.1}
+fi
+DATA_DIR=${DATA_DIR:-data/amazon}
+MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
+# The multiple of micro batch x processes next to 1024, so that it divides whatever the number of processes.
+STEP=$((MICRO_BATCH_SIZE * WORLD))
+BATCH_SIZE=${BATCH_SIZE:-$((STEP * ((1024 + STEP - 1) / STEP)))}
+NAME=${CATEGORY:-run}
+
+knob base_model "${BASE_MODEL:-Qwen/Qwen2.5-0.5B}" "$@"
+knob train_file "${TRAIN_FILE:-$DATA_DIR/$CATEGORY.train.csv}" "$@"
+knob eval_file "${EVAL_FILE-$DATA_DIR/$CATEGORY.valid.csv}" "$@"
+knob sid_index_path "${SID_INDEX_PATH:-$DATA_DIR/$CATEGORY.index.json}" "$@"
+knob item_meta_path "${ITEM_META_PATH-$DATA_DIR/$CATEGORY.item.json}" "$@"
+knob output_dir "${OUTPUT_DIR:-output/$NAME}" "$@"
+knob category "$CATEGORY" "$@"
+knob batch_size "$BATCH_SIZE" "$@"
+knob micro_batch_size "$MICRO_BATCH_SIZE" "$@"
+for flag in tasks prompts preference_file sample eval_sample cutoff_len freeze_LLM frozen_prefix train_from_scratch \
+  num_epochs max_steps learning_rate weight_decay lr_scheduler_type warmup_steps group_by_length group_users \
+  prefix_cache_gb prefix_cache_dir seed bf16 logging_steps eval_steps save_steps early_stopping_patience \
+  resume_from_checkpoint report_to wandb_project wandb_run_name trust_remote_code cache_dir num_proc check; do
+  variable=${flag^^}
+  knob "$flag" "${!variable:-}" "$@"
+done
+
+if [ "$WORLD" -eq 1 ]; then
+  exec "$PYTHON" sft.py "${arguments[@]}" "$@"
+elif [ "$NNODES" -eq 1 ]; then
+  exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" sft.py "${arguments[@]}" "$@"
+else
+  exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES" \
+    --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:?set it to the address of node 0}" \
+    --master_port "${MASTER_PORT:-29500}" sft.py "${arguments[@]}" "$@"
+fi

@@ -1,0 +1,318 @@
+"""The frozen prefix gives the plain recipe's loss and gradient: full logits, one pass, dense masked gradient."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_model
+
+import sft
+from data import TASKS
+from frozen_prefix import (
+    Examples,
+    FrozenPrefix,
+    LabelLoss,
+    PlainForward,
+    build_tree,
+    disagreement,
+    pad,
+    why_not_exact,
+)
+from sid_rows import SidRowAdamW, SidRows
+
+ARCHITECTURES = {
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2-untied": {"tie_word_embeddings": False},
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 11, "tie_word_embeddings": True},
+    "gemma2": {"sliding_window": 9, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 7.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 9, "query_pre_attn_scalar": 8},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "gpt_neox": {"tie_word_embeddings": False},
+}
+
+
+def extended(kind: str, tokenizer, sid_tokens, dtype=torch.float32):
+    """A small model with the SID rows, frozen but for them."""
+    model = small_model(kind.split("-")[0], len(tokenizer) + 7, **ARCHITECTURES.get(kind, {})).to(dtype)
+    rows = SidRows(model, tokenizer.convert_tokens_to_ids(sid_tokens), sid_tokens)
+    return model.eval(), rows
+
+
+def plain_recipe(model, examples, indices, side="right"):
+    """HF's own forward: padded batch, attention mask, all logits, labels -100 where nothing is supervised; a sum."""
+    ids = [examples.ids(i) for i in indices]
+    inputs, mask = torch.from_numpy(pad(ids)), torch.from_numpy(pad([np.ones_like(row) for row in ids]))
+    labels = [np.where(np.arange(len(row)) < examples.prompt_len[i], -100, row) for i, row in zip(indices, ids, strict=True)]
+    labels = torch.from_numpy(pad(labels, fill=-100))
+    if side == "left":
+        inputs, mask, labels = (
+            torch.stack([row.roll(int((1 - m).sum())) for row, m in zip(part, mask, strict=True)]) for part in (inputs, mask, labels)
+        )
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+
+def rows_gradient(rows, backward):
+    """The gradient of each table's SID rows after a backward (zeros where none arrived); cleared behind it."""
+    backward()
+    rows.collect_gradients()
+    gradients = [master.grad.clone() for master in rows.masters]
+    for master in rows.masters:
+        master.grad = None
+    return gradients
+
+
+def frozen_loss(frozen, indices):
+    return sum(frozen.nll(part).sum() for part, _ in frozen.cut(indices))
+
+
+def assert_equal_to_plain(model, rows, frozen, indices, *, loss_tolerance=1e-6, gradient_tolerance=1e-5, side="right"):
+    expected = plain_recipe(model, frozen.examples, indices, side)
+    expected_gradient = rows_gradient(rows, expected.backward)
+    found = frozen_loss(frozen, indices)
+    gradient = rows_gradient(rows, found.backward)
+    assert abs(found - expected) <= loss_tolerance * abs(expected)
+    for wanted, got in zip(expected_gradient, gradient, strict=True):
+        assert (got - wanted).norm() <= gradient_tolerance * wanted.norm()
+    assert sum(wanted.norm() for wanted in expected_gradient) > 0
+
+
+def some_of_each_task(examples, count=6):
+    picks = [np.nonzero(examples.task == task)[0][:count] for task in np.unique(examples.task)]
+    return np.concatenate(picks)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_loss_and_gradient_are_the_plain_recipes_on_every_architecture(kind, tokenizer, sid_tokens, dataset):
+    model, rows = extended(kind, tokenizer, sid_tokens)
+    assert why_not_exact(model) == ""
+    examples = Examples(dataset)
+    frozen = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**8)
+    assert_equal_to_plain(model, rows, frozen, some_of_each_task(examples))
+
+
+@pytest.mark.parametrize("name", [task.name for task in TASKS.values() if task.rows != "preferences"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied"])
+def test_loss_and_gradient_are_the_plain_recipes_on_every_task(kind, name, tokenizer, sid_tokens, dataset):
+    model, rows = extended(kind, tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    indices = np.nonzero(examples.task == list(TASKS).index(name))[0][:12]
+    frozen = FrozenPrefix(model, rows, examples, 4)
+    assert_equal_to_plain(model, rows, frozen, indices)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("group_users", [False, True])
+@pytest.mark.parametrize("cache", ["none", "labels", "all", "disk"])
+def test_every_cache_and_grouping_gives_the_plain_recipes_numbers(
+    cache, group_users, side, tokenizer, sid_tokens, dataset, tmp_path
+):
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    labels = int(FrozenPrefix(model, rows, examples, 4).label_start[-1])
+    label_bytes = labels * (32 * 4 + 4 + 4 + 8)  # hidden state, log-sum-exp, logit, target
+    budget = {"none": 0, "labels": label_bytes, "all": 10**9, "disk": 10**7}[cache]
+    frozen = FrozenPrefix(
+        model,
+        rows,
+        examples,
+        4,
+        cache_bytes=budget,
+        cache_folder=tmp_path if cache == "disk" else None,
+        group_users=group_users,
+    )
+    for epoch in range(2):
+        half = np.arange(epoch % 2, len(examples), 2)  # the second round meets what the first one kept, and what is new
+        assert_equal_to_plain(model, rows, frozen, half, side=side)
+        assert_equal_to_plain(model, rows, frozen, np.arange(0, len(examples), 3), side=side)
+    assert (frozen.kept_labels is not None) == (cache != "none")
+    assert bool(frozen.tree_keys) == (cache in ("all", "disk"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kept_label_follows_the_rows_as_they_move(tokenizer, sid_tokens, dataset):
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    frozen = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9)
+    indices = some_of_each_task(examples)
+    optimizer = SidRowAdamW(rows, lr=0.05)
+    for _ in range(3):
+        assert_equal_to_plain(model, rows, frozen, indices)
+        frozen_loss(frozen, indices).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_fifty_steps_of_both_ways_walk_the_same_path(dtype, tolerance, tokenizer, sid_tokens, dataset):
+    losses, masters = {}, {}
+    examples = Examples(dataset)
+    for way in ("plain", "frozen"):
+        model, rows = extended("qwen2", tokenizer, sid_tokens, dtype)
+        frozen = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9)
+        optimizer = SidRowAdamW(rows, lr=0.01, weight_decay=0.1)
+        rng, losses[way] = np.random.default_rng(0), []
+        for _ in range(50):
+            step = rng.choice(len(examples), 16, replace=False)
+            loss = plain_recipe(model, examples, step) if way == "plain" else frozen_loss(frozen, step)
+            loss = loss / examples.labels[step].sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[way].append(loss.item())
+        masters[way] = rows.masters[0].detach()
+    np.testing.assert_allclose(losses["frozen"], losses["plain"], rtol=tolerance)
+    if dtype == torch.float64:
+        torch.testing.assert_close(masters["frozen"], masters["plain"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied"])
+def test_peft_trainable_tokens_give_the_same_gradient(kind, tokenizer, sid_tokens, dataset):
+    peft = pytest.importorskip("peft")
+    model, rows = extended(kind, tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    indices = some_of_each_task(examples, 3)
+    frozen = FrozenPrefix(model, rows, examples, 4)
+    ours = rows_gradient(rows, frozen_loss(frozen, indices).backward)
+    other = small_model("qwen2", len(tokenizer) + 7, **ARCHITECTURES[kind])
+    targets = ["embed_tokens"] if kind == "qwen2" else ["embed_tokens", "lm_head"]
+    config = peft.TrainableTokensConfig(token_indices=rows.ids.tolist(), target_modules=targets)
+    adapted = peft.get_peft_model(other, config).eval()
+    plain_recipe(adapted, examples, indices).backward()
+    deltas = [p for name, p in adapted.named_parameters() if p.requires_grad]
+    theirs = [p.grad for p in deltas]
+    assert len(theirs) == len(ours)
+    for wanted, got in zip(theirs, ours, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied"])
+def test_in_bfloat16_it_is_no_further_from_float32_than_the_plain_recipe(kind, tokenizer, sid_tokens, dataset):
+    examples = Examples(dataset)
+    indices = some_of_each_task(examples, 8)
+    exact_model, exact_rows = extended(kind, tokenizer, sid_tokens, torch.bfloat16)
+    exact_model = exact_model.float()
+    exact_rows = SidRows(exact_model, exact_rows.ids.tolist(), exact_rows.tokens)
+    exact = rows_gradient(exact_rows, plain_recipe(exact_model, examples, indices).backward)
+    model, rows = extended(kind, tokenizer, sid_tokens, torch.bfloat16)
+    plain = rows_gradient(rows, plain_recipe(model, examples, indices).backward)
+    frozen = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9)
+    ours = rows_gradient(rows, frozen_loss(frozen, indices).backward)
+    for wanted, theirs, got in zip(exact, plain, ours, strict=True):
+        # Both errors are rounding noise of one size; a tenth is the room that noise needs.
+        assert (got - wanted).norm() <= 1.1 * (theirs - wanted).norm()
+
+
+def test_the_hook_guards_a_plain_forward_of_the_same_model(tokenizer, sid_tokens, dataset):
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    indices = some_of_each_task(examples, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    keys = list(before)
+    frozen = FrozenPrefix(model, rows, examples, 4)
+    loss = frozen_loss(frozen, indices)
+    loss.backward()
+    weight = model.get_input_embeddings().weight
+    assert weight.grad is None  # no dense gradient exists on this way
+    ours, rows.masters[0].grad = rows.masters[0].grad, None
+    plain_recipe(model, examples, indices).backward()
+    touched = weight.grad.abs().sum(1) > 0
+    assert touched[rows.ids].any()
+    touched[rows.ids] = False
+    assert not touched.any()
+    assert (weight.grad[rows.ids] - ours).norm() <= 1e-5 * ours.norm()
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "reason"),
+    [
+        ("mamba", {}, "recurrent"),
+        ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic positions"),
+        ("mixtral", {"output_router_logits": True}, "router loss"),
+    ],
+)
+def test_models_for_which_it_cannot_be_exact_are_named(kind, settings, reason, tokenizer):
+    assert reason in why_not_exact(small_model(kind, len(tokenizer), **settings))
+
+
+def test_the_trial_at_the_start_sees_a_difference(tokenizer, sid_tokens, dataset):
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    plain, frozen = PlainForward(model, examples, 4), FrozenPrefix(model, rows, examples, 4)
+    assert disagreement(plain, frozen) < 1e-5
+    frozen.row_of = frozen.row_of.roll(1)
+    assert disagreement(plain, frozen) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied", "gemma2", "cohere", "gpt2"])
+def test_the_plain_forward_gives_hf_s_loss_per_task(kind, tokenizer, sid_tokens, dataset):
+    model, _ = extended(kind, tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    plain = PlainForward(model, examples, 5)
+    indices = some_of_each_task(examples, 5)
+    parts = [part for part, _ in plain.cut(indices)]
+    assert sorted(np.concatenate(parts)) == sorted(indices)
+    found = sum(plain.nll(part) for part in parts)
+    for task in np.unique(examples.task):
+        wanted = plain_recipe(model, examples, indices[examples.task[indices] == task])
+        assert abs(found[int(task)] - wanted) <= 1e-5 * wanted
+
+
+def test_a_tree_stores_what_sequences_share_once():
+    tree = build_tree([np.array([5, 6, 8, 9]), np.array([5, 6, 7]), np.array([5, 6]), np.array([4])])
+    assert tree.tokens.tolist() == [4, 5, 6, 7, 8, 9]
+    assert tree.depth.tolist() == [0, 0, 1, 2, 2, 3]
+    assert [path.tolist() for path in tree.paths] == [[1, 2, 4, 5], [1, 2, 3], [1, 2], [0]]
+    assert np.nonzero(tree.ancestors()[5])[0].tolist() == [1, 2, 4, 5]
+
+
+def test_each_user_s_shared_beginning_is_run_once(tokenizer, sid_tokens, dataset):
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    frozen = FrozenPrefix(model, rows, examples, 4)
+    in_trees = sum(len(tree.tokens) for _, tree in frozen.trees.values())
+    assert in_trees < frozen.own_len.sum()
+    covered = sorted(i for members, _ in frozen.trees.values() for i in members)
+    assert covered == np.nonzero(frozen.own_len > 0)[0].tolist()
+
+
+def test_the_label_loss_is_cross_entropy_with_gradients_to_hidden_states_and_rows():
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(9, 4), torch.randn(30, 4), torch.tensor([3, 7, 29])
+    targets = torch.randint(30, (9,))
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = F.cross_entropy(torch.tanh(h @ w.T) * 3, targets, reduction="sum")
+    (2 * expected).backward()
+    h2, rows = hidden.clone().requires_grad_(), weight[ids].clone().requires_grad_()
+    found = LabelLoss.apply(h2, rows, weight, None, ids, targets, lambda logits: torch.tanh(logits) * 3)
+    (2 * found).backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(h2.grad, h.grad)
+    torch.testing.assert_close(rows.grad, w.grad[ids])
+
+
+def test_dropout_of_frozen_blocks_is_off_and_counted(tokenizer):
+    model = small_model("gpt2", len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    assert sft.turn_dropout_off(model) > 0
+    assert sft.turn_dropout_off(model) == 0
+    model.train()
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_the_examples_view_reads_what_the_dataset_holds(dataset):
+    examples = Examples(dataset)
+    for i in (0, 57, len(dataset) - 1):
+        assert examples.ids(i).tolist() == dataset[i]["input_ids"]
+        assert examples.labels[i] == dataset[i]["length"] - dataset[i]["prompt_len"]
+    assert copy.copy(examples).length.sum() == sum(dataset["length"])
