@@ -58,7 +58,9 @@ def write_files(folder: Path, seed: int) -> None:
     """The index, the item file, and CSVs in which each user's last item is the test, the one before the validation."""
     items = make_items()
     (folder / "shop.index.json").write_text(json.dumps({item: sid for item, (sid, _) in items.items()}))
-    described = {item: {"title": title, "description": "", "brand": "", "categories": ""} for item, (_, title) in items.items()}
+    described = {
+        item: {"title": title, "description": "", "brand": "", "categories": ""} for item, (_, title) in items.items()
+    }
     (folder / "shop.item.json").write_text(json.dumps(described))
     rows: dict[str, list] = {"train": [], "valid": [], "test": []}
     for user, history in enumerate(make_histories(seed)):
@@ -72,7 +74,9 @@ def write_files(folder: Path, seed: int) -> None:
                 "user_id history_item_title item_title history_item_id item_id history_item_sid item_sid".split()
             )
             for user, history, item in examples:
-                sids, titles = zip(*(("".join(items[str(i)][0]), items[str(i)][1]) for i in [*history, item]), strict=True)
+                sids, titles = zip(
+                    *(("".join(items[str(i)][0]), items[str(i)][1]) for i in [*history, item]), strict=True
+                )
                 writer.writerow([user, list(titles[:-1]), titles[-1], history, item, list(sids[:-1]), sids[-1]])
 
 
@@ -128,7 +132,9 @@ def pretrain(folder: Path, seed: int) -> None:
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            logger.info(f"demo: pretraining the base model on titles, step {step + 1} of {PRETRAIN_STEPS}, loss {loss:.3f}")
+            logger.info(
+                f"demo: pretraining the base model on titles, step {step + 1} of {PRETRAIN_STEPS}, loss {loss:.3f}"
+            )
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
 

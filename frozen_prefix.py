@@ -138,17 +138,25 @@ class LabelLoss(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------- the plain way
 
 
+class Part(NamedTuple):
+    """One micro-batch of a step: its examples, roughly what it costs, and the process that must take it, if one must."""
+
+    indices: np.ndarray
+    cost: float
+    owner: int | None
+
+
 class PlainForward:
     """Whole sequences with gradients; logits only where a label stands."""
 
     def __init__(self, model: PreTrainedModel, examples: Examples, micro_batch_size: int) -> None:
         self.model, self.examples, self.micro_batch_size = model, examples, micro_batch_size
 
-    def cut(self, indices: np.ndarray) -> list[tuple[np.ndarray, float]]:
-        """The examples of a step as (micro-batch, cost), sorted by length so that little is padding."""
+    def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
+        """The examples of a step as micro-batches, sorted by length so that little is padding."""
         ordered = indices[np.argsort(self.examples.length[indices], kind="stable")]
         parts = [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
-        return [(part, float(len(part) * self.examples.length[part].max())) for part in parts]
+        return [Part(part, float(len(part) * self.examples.length[part].max()), None) for part in parts]
 
     def nll(self, indices: np.ndarray) -> Tensor:
         """Sums of -log p over the labels of the examples, per task (len(TASKS),).
@@ -344,14 +352,16 @@ class FrozenPrefix:
         self.tail_len = examples.length - 1 - self.static_end
         self.template_keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
+        self.trees: dict[int, tuple[list[int], Tree]] = {}  # number -> members, tree of their own prefixes
+        self.tree_of = self.plant_trees()
         self.store = Store(cache_bytes, self.device, cache_folder)
         self.label_start = np.concatenate([[0], np.cumsum(self.static_labels)])
         self.kept_labels = self.make_label_store()
-        self.has_labels = np.zeros(len(examples), dtype=bool)
-        self.trees: dict[int, tuple[list[int], Tree]] = {}  # number -> members, tree of their own prefixes
-        self.tree_of = self.plant_trees()
-        self.passing_trees: set[int] = set()
+        self.keeps_keys = self.choose_kept_keys()
         self.tree_keys: dict[int, TreeKeys] = {}
+        self.fills = self.plan_fills()
+        self.fill_of = {number: place for place, fill in enumerate(self.fills) for number in fill}
+        self.filled = np.zeros(len(self.fills), dtype=bool)
 
     # ---- what is shared
 
@@ -495,83 +505,118 @@ class FrozenPrefix:
         ]
         return None if any(tensor is None for tensor in tensors) else StaticLabels(*tensors)
 
+    def choose_kept_keys(self) -> set[int]:
+        """The trees whose keys and values have room in the store: those that tails will read, as far as it goes.
+
+        What is kept is decided before the first step, and computed in batches fixed here and now (`plan_fills`), so that no
+        number depends on the order of the steps: a resumed run meets the very same bits.
+        """
+        kept: set[int] = set()
+        if self.kept_labels is None:
+            return kept
+        left = self.store.left
+        for number, (members, tree) in self.trees.items():
+            size = len(tree.tokens) * self.key_bytes
+            if size <= left and any(self.tail_len[i] for i in members):
+                kept.add(number)
+                left -= size
+        return kept
+
+    def plan_fills(self) -> list[list[int]]:
+        """Fixed batches of trees, of one task and similar size each, that are run whole when first needed and kept."""
+        if self.kept_labels is None:
+            return []
+        sizes = [(self.tree_task(number), len(tree.tokens), number) for number, (_, tree) in self.trees.items()]
+        fills: list[list[int]] = []
+        for task, size, number in sorted(sizes):
+            full = fills and (len(fills[-1]) + 1) * size > self.static_tokens
+            if not fills or full or self.tree_task(fills[-1][0]) != task:
+                fills.append([])
+            fills[-1].append(number)
+        return fills
+
+    def tree_task(self, number: int) -> int:
+        return int(self.examples.task[self.trees[number][0][0]])
+
     @torch.no_grad()
     def static_pass(self, indices: np.ndarray) -> dict[int, StaticLabels]:
-        """Runs what the examples' static labels and tails need and no store has yet.
+        """Sees to it that the examples' static labels and own prefixes' keys are there; returns the labels not kept.
 
-        Returns the static labels of the examples where there is no store for them; keys and values go to `tree_keys`
-        (kept there for the run if the budget allows, else until `forget`).
+        What the store has room for is filled in, a whole fixed batch of trees at a time; the rest is computed for these
+        examples alone.
         """
-        wanted = [
-            int(i)
-            for i in indices
-            if self.tree_of[i] >= 0
-            and (
-                (self.static_labels[i] and not self.has_labels[i])
-                or (self.tail_len[i] and self.tree_of[i] not in self.tree_keys)
+        with_tree = [int(i) for i in indices if self.tree_of[i] >= 0]
+        if self.kept_labels is None:
+            return self.run_static([self.step_trees(with_tree)], kept=False)
+        needed = {self.fill_of[int(self.tree_of[i])] for i in with_tree}
+        fills = [fill for fill in sorted(needed) if not self.filled[fill]]
+        self.run_static([[(number, *self.trees[number]) for number in self.fills[fill]] for fill in fills], kept=True)
+        self.filled[fills] = True
+        passing = [i for i in with_tree if self.tail_len[i] and int(self.tree_of[i]) not in self.keeps_keys]
+        self.run_static([self.step_trees(passing)], kept=False)
+        return {}
+
+    def step_trees(self, members: list[int]) -> list[tuple[int, list[int], Tree]]:
+        """(tree number, examples, tree) for these examples alone."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i in members:
+            groups[int(self.tree_of[i])].append(i)
+        return [
+            (
+                number,
+                group,
+                build_tree([self.examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in group]),
             )
+            for number, group in groups.items()
         ]
-        members: dict[int, list[int]] = defaultdict(list)
-        for i in wanted:
-            members[int(self.tree_of[i])].append(i)
+
+    def run_static(self, batches: list[list[tuple[int, list[int], Tree]]], *, kept: bool) -> dict[int, StaticLabels]:
+        """Runs trees; fills the stores (`kept`), or returns the labels and leaves the keys until `forget`."""
         loose: dict[int, StaticLabels] = {}
-        for batch in self.tree_batches(members):
-            task = int(self.examples.task[batch[0][1][0]])
-            trees = [tree for _, _, tree in batch]
+        for batch in batches if kept else [part for batch in batches for part in self.split_batch(batch)]:
+            task = self.tree_task(batch[0][0])
             keep = any(self.tail_len[i] for _, group, _ in batch for i in group)
             past = [[piece] for piece in self.keys_of_template(task)]
+            trees = [tree for _, _, tree in batch]
             hidden, new = self.run_trees(trees, start=len(self.templates[task]), past=past, rows=None, keep=keep)
             for b, (number, group, tree) in enumerate(batch):
-                if keep:
+                if keep and (number in self.keeps_keys or not kept):
                     self.keep_keys(number, group, tree, new, b)
-            loose |= self.read_labels(batch, hidden)
+            if kept or self.kept_labels is None:
+                loose |= self.read_labels(batch, hidden, kept=kept)
         return loose
 
-    def tree_batches(self, members: dict[int, list[int]]) -> Iterable[list[tuple[int, list[int], Tree]]]:
-        """Batches of (tree number, examples, tree) of one size. A tree is run whole, for all of its examples at once, where
-        what it gives is kept; otherwise only for the examples that are wanted now."""
-        entries = []
-        for number, group in members.items():
-            everyone, tree = self.trees[number]
-            labels_kept = self.kept_labels is not None and not self.has_labels[everyone].all()
-            keys_kept = any(self.tail_len[i] for i in group) and self.store.has_room(len(tree.tokens) * self.key_bytes)
-            if labels_kept or keys_kept:
-                group = everyone
-            elif len(group) < len(everyone):
-                tree = build_tree([self.examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in group])
-            entries.append((number, group, tree))
-        entries.sort(key=lambda entry: len(entry[2].tokens))
-        batch: list[tuple[int, list[int], Tree]] = []
-        for entry in entries:
-            if batch and (len(batch) + 1) * len(entry[2].tokens) > self.static_tokens:
-                yield batch
-                batch = []
-            batch.append(entry)
-        if batch:
-            yield batch
+    def split_batch(self, batch: list[tuple[int, list[int], Tree]]) -> Iterable[list[tuple[int, list[int], Tree]]]:
+        """Cuts a batch of trees so that a part holds trees of similar size and no more than `static_tokens`."""
+        part: list[tuple[int, list[int], Tree]] = []
+        for entry in sorted(batch, key=lambda entry: (len(entry[2].tokens), entry[0])):
+            if part and (len(part) + 1) * len(entry[2].tokens) > self.static_tokens:
+                yield part
+                part = []
+            part.append(entry)
+        if part:
+            yield part
 
     def keep_keys(
         self, number: int, group: list[int], tree: Tree, new: dict[int, tuple[Tensor, Tensor]], b: int
     ) -> None:
-        """Keeps row b of new keys and values for the run, or until `forget` where the budget has no room."""
+        """Takes row b of new keys and values, into the store where there is room for them, or else until `forget`."""
         nodes = len(tree.tokens)
         layers = [torch.stack([k[b, :, :nodes], v[b, :, :nodes]]) for k, v in (new[layer] for layer in sorted(new))]
         keys = torch.stack(layers).permute(3, 0, 1, 2, 4)
-        room = self.store.take(tuple(keys.shape), keys.dtype)
-        if room is None:
-            self.passing_trees.add(number)
-        self.tree_keys[number] = TreeKeys(
-            keys if room is None else room.copy_(keys), tree.depth, dict(zip(group, tree.paths, strict=True))
-        )
+        if number in self.keeps_keys:
+            keys = self.store.take(tuple(keys.shape), keys.dtype).copy_(keys)
+        self.tree_keys[number] = TreeKeys(keys, tree.depth, dict(zip(group, tree.paths, strict=True)))
 
     def forget(self) -> None:
-        """Drops the keys and values that the budget had no room for."""
-        for number in self.passing_trees:
-            self.tree_keys.pop(number, None)
-        self.passing_trees.clear()
+        """Drops the keys and values that the store has no room for."""
+        for number in self.tree_keys.keys() - self.keeps_keys:
+            del self.tree_keys[number]
 
-    def read_labels(self, batch: list[tuple[int, list[int], Tree]], hidden: Tensor) -> dict[int, StaticLabels]:
-        """The static labels of the trees' examples, from the trees' hidden states; kept if there is a store."""
+    def read_labels(
+        self, batch: list[tuple[int, list[int], Tree]], hidden: Tensor, *, kept: bool
+    ) -> dict[int, StaticLabels]:
+        """The static labels of the trees' examples, from the trees' hidden states: into the store, or returned."""
         examples, places, targets, owners = self.examples, [], [], []
         for b, (_, group, tree) in enumerate(batch):
             for i, path in zip(group, tree.paths, strict=True):
@@ -591,12 +636,11 @@ class FrozenPrefix:
         for i in owners:
             end = start + int(self.static_labels[i])
             part = StaticLabels(*(tensor[start:end] for tensor in labels))
-            if self.kept_labels is None:
-                loose[i] = part
+            if kept:
+                for room, tensor in zip(self.kept_labels, part, strict=True):
+                    room[self.label_start[i] : self.label_start[i + 1]] = tensor
             else:
-                for kept, tensor in zip(self.kept_labels, part, strict=True):
-                    kept[self.label_start[i] : self.label_start[i + 1]] = tensor
-                self.has_labels[i] = True
+                loose[i] = part
             start = end
         return loose
 
@@ -709,23 +753,33 @@ class FrozenPrefix:
 
     # ---- the interface of a forward
 
-    def cut(self, indices: np.ndarray) -> list[tuple[np.ndarray, float]]:
-        """The examples of a step as (micro-batch, cost): one task each, tails of one size together."""
-        examples, parts = self.examples, []
-        for task in np.unique(examples.task[indices]):
-            members = indices[examples.task[indices] == task]
-            for has_tail in (False, True):
-                some = members[(self.tail_len[members] > 0) == has_tail]
-                parts += self.cut_task(some, has_tail=has_tail) if len(some) else []
+    def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
+        """The examples of a step as micro-batches: of one task each, tails of one size together.
+
+        What one process keeps, it keeps for itself: examples with a kept tree go to the process that owns the tree.
+        """
+        owner = self.owners(indices, processes)
+        has_tail = self.tail_len[indices] > 0
+        kinds = np.stack([self.examples.task[indices], has_tail, owner], axis=1)
+        parts: list[Part] = []
+        for task, tail, process in np.unique(kinds, axis=0):
+            members = indices[(kinds == (task, tail, process)).all(axis=1)]
+            sizes = self.tail_len if tail else self.static_labels
+            parts += self.cut_kind(members, sizes, None if process < 0 else int(process))
         return parts
 
-    def cut_task(self, members: np.ndarray, *, has_tail: bool) -> list[tuple[np.ndarray, float]]:
-        size = self.tail_len if has_tail else self.static_labels
-        groups = self.tail_groups(members)
-        widest = [sum(int(size[i]) for i in group) if len(group) > 1 else int(size[group[0]]) for group in groups]
-        order = sorted(
-            range(len(groups)), key=lambda g: (widest[g], sum(self.own_len[i] for i in groups[g]), groups[g])
+    def owners(self, indices: np.ndarray, processes: int) -> np.ndarray:
+        """The process that owns each example's kept tree, -1 where any process may take it."""
+        if not self.fills or processes == 1:
+            return np.full(len(indices), -1)
+        return np.array(
+            [self.fill_of[int(self.tree_of[i])] % processes if self.tree_of[i] >= 0 else -1 for i in indices]
         )
+
+    def cut_kind(self, members: np.ndarray, sizes: np.ndarray, owner: int | None) -> list[Part]:
+        groups = self.tail_groups(members)
+        widest = [int(sizes[group].sum()) for group in groups]
+        order = sorted(range(len(groups)), key=lambda g: (widest[g], int(self.own_len[groups[g]].sum()), groups[g]))
         parts: list[list[int]] = [[]]
         count = 0
         for g in order:
@@ -734,16 +788,16 @@ class FrozenPrefix:
                 count = 0
             parts[-1] += groups[g]
             count += 1
-        return [(np.array(part), self.cost(part)) for part in parts]
+        return [Part(np.array(part), self.cost(np.array(part)), owner) for part in parts]
 
-    def cost(self, part: list[int]) -> float:
-        """Forward passes of a token, roughly: a tail token costs two (forward and backward), a new static one costs one."""
-        static = sum(int(self.own_len[i]) for i in part if not self.has_labels[i])
-        return (
-            2.0 * sum(int(self.tail_len[i]) for i in part)
-            + static
-            + 0.1 * sum(int(self.static_labels[i]) for i in part)
-        )
+    def cost(self, part: np.ndarray) -> float:
+        """Forward passes of a token, roughly: a tail token costs two (forward and backward), a static one, if new, one."""
+        new = [
+            i
+            for i in part
+            if self.tree_of[i] >= 0 and not (self.fills and self.filled[self.fill_of[int(self.tree_of[i])]])
+        ]
+        return float(2 * self.tail_len[part].sum() + self.own_len[new].sum() + 0.1 * self.static_labels[part].sum())
 
     def nll(self, indices: np.ndarray) -> Tensor:
         """Sums of -log p over the labels of a micro-batch (of one task), per task (len(TASKS),).

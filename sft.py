@@ -481,6 +481,7 @@ def use_bf16(flags: types.SimpleNamespace) -> bool:
 
 def training_arguments(flags: types.SimpleNamespace, steps_per_epoch: int) -> TrainingArguments:
     """The flags as HF TrainingArguments. One batch of the Trainer is one optimizer step: the trainer cuts it itself."""
+    import torch
     from transformers import TrainingArguments
 
     if flags.wandb_project:
@@ -499,6 +500,7 @@ def training_arguments(flags: types.SimpleNamespace, steps_per_epoch: int) -> Tr
             warmup_steps=flags.warmup_steps,
             seed=flags.seed,
             bf16=use_bf16(flags) and not flags.freeze_LLM,
+            use_cpu=not torch.accelerator.is_available(),
             logging_steps=flags.logging_steps,
             logging_nan_inf_filter=False,
             eval_strategy="steps" if evaluate else "no",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from data import TASKS
-from frozen_prefix import Examples, FrozenPrefix, PlainForward, disagreement, why_not_exact
+from frozen_prefix import Examples, FrozenPrefix, Part, PlainForward, disagreement, why_not_exact
 from sid_rows import ROWS_FILE, SidRowAdamW, SidRows
 
 logger = logging.getLogger("sft.trainer")
@@ -83,14 +83,15 @@ class StepLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def deal(parts: list[tuple[np.ndarray, float]], processes: int) -> list[list[np.ndarray]]:
-    """Deals micro-batches to processes so that the costs are even: the dearest first, always to the least loaded."""
+def deal(parts: list[Part], processes: int) -> list[list[np.ndarray]]:
+    """Deals micro-batches to processes so that the costs are even: first what has an owner, then the dearest first, always
+    to the least loaded."""
     hands: list[list[np.ndarray]] = [[] for _ in range(processes)]
     load = [0.0] * processes
-    for part, cost in sorted(parts, key=lambda entry: -entry[1]):
-        poorest = load.index(min(load))
-        hands[poorest].append(part)
-        load[poorest] += cost
+    for part in sorted(parts, key=lambda part: (part.owner is None, -part.cost)):
+        process = load.index(min(load)) if part.owner is None else part.owner
+        hands[process].append(part.indices)
+        load[process] += part.cost
     return hands
 
 
@@ -170,9 +171,11 @@ class SidTrainer(Trainer):
         """
         started = time.monotonic()
         self.model.train(self.rows is None)
+        for parameter in self.trained():  # the Trainer clears the model's own gradients only
+            parameter.grad = None
         labels = int(self.forward.examples.labels[inputs].sum())
         total = torch.zeros((), device=self.args.device)
-        for part in deal(self.forward.cut(inputs), self.args.world_size)[self.args.process_index]:
+        for part in self.own_share(self.forward, inputs):
             with self.accelerator.autocast():
                 nll = self.forward.nll(part)
             (nll.sum() / labels).backward()
@@ -183,6 +186,10 @@ class SidTrainer(Trainer):
         self.tokens_seen += int(self.forward.examples.length[inputs].sum())
         self.train_s += time.monotonic() - started
         return total / labels * self.args.world_size
+
+    def own_share(self, forward: PlainForward | FrozenPrefix, indices: np.ndarray) -> list[np.ndarray]:
+        """This process's micro-batches of the examples."""
+        return deal(forward.cut(indices, self.args.world_size), self.args.world_size)[self.args.process_index]
 
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer steps."""
@@ -235,7 +242,7 @@ class SidTrainer(Trainer):
         forward = self.eval_forward
         indices = np.arange(len(forward.examples))
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for part in deal(forward.cut(indices), self.args.world_size)[self.args.process_index]:
+        for part in self.own_share(forward, indices):
             with self.accelerator.autocast():
                 total += forward.nll(part).sum()
         if self.args.world_size > 1:

@@ -56,7 +56,8 @@ def byte_bpe(texts: list[str], size: int = 400) -> PreTrainedTokenizerFast:
 def small_model(kind: str, vocabulary: int, **settings) -> PreTrainedModel:
     """A randomly initialised model of an architecture, with weights large enough for every part to matter."""
     config = transformers.AutoConfig.for_model(
-        kind, **{**SIZES, "vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, **settings}
+        kind,
+        **{**SIZES, "vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, **settings},
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
