@@ -142,9 +142,7 @@ def log_catalogue(items: list[Item], unindexed: int, *, with_titles: bool) -> No
     depths = sorted({len(sid) for sid in sids})
     logger.info(f"Catalogue: {len(items):,} items, {len(sids):,} distinct SIDs of {join_or(depths)} tokens")
     if shared := sum(count for count in sids.values() if count > 1):
-        logger.info(
-            f"{shared:,} of {len(items):,} items share their SID with another item (a hit on one is a hit on all)"
-        )
+        logger.info(f"{shared:,} of {len(items):,} items share their SID with another item (a hit on one is a hit on all)")
     if with_titles:
         titles = Counter(item.title for item in items if item.title)
         if untitled := sum(not item.title for item in items):
@@ -225,9 +223,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 raise InputError(f"{path}: has no column {missing[0]!r}; its columns are {','.join(reader.fieldnames)}")
             for fields in reader:
                 if None in fields or None in fields.values():
-                    raise InputError(
-                        f"{path}:{reader.line_num}: has not {len(reader.fieldnames)} cells like the header"
-                    )
+                    raise InputError(f"{path}:{reader.line_num}: has not {len(reader.fieldnames)} cells like the header")
                 yield reader.line_num, fields
     except csv.Error as error:
         raise InputError(f"{path}:{reader.line_num}: is not CSV ({error_text(error)})") from None
@@ -292,9 +288,7 @@ def read_preferences(path: Path, catalogue: Catalogue, split: str) -> Iterator[R
     for number, entry in enumerate(entries):
         try:
             context = entry["context"]
-            found = [
-                find_item(value, catalogue, by_sid) for value in [*context["history_items"], context["target_item"]]
-            ]
+            found = [find_item(value, catalogue, by_sid) for value in [*context["history_items"], context["target_item"]]]
             preference, user, its_split = entry["user_preference"], str(entry["user"]), entry.get("split", split)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: entry {number} lacks {error_text(error)}; expected {expected}") from None
@@ -308,9 +302,7 @@ def read_preferences(path: Path, catalogue: Catalogue, split: str) -> Iterator[R
     if unknown == total:
         raise InputError(f"{path}: no entry of split {split!r} has known items and a preference; expected {expected}")
     if unknown:
-        logger.info(
-            f"{path.name}: {unknown:,} of {total:,} entries left out: an unknown item, no history or no preference"
-        )
+        logger.info(f"{path.name}: {unknown:,} of {total:,} entries left out: an unknown item, no history or no preference")
 
 
 def find_item(value: Any, catalogue: Catalogue, by_sid: dict[str, int]) -> int | None:
@@ -715,9 +707,7 @@ def encode_batch(batch: dict[str, list], *, task: Task, encoder: Encoder) -> dic
         Row("", tuple(history), item, preference)
         for history, item, preference in zip(batch["history"], batch["item"], batch["preference"], strict=True)
     ]
-    pairs = [
-        (example, user) for example, user in zip(encoder.encode(task, rows), batch["user"], strict=True) if example
-    ]
+    pairs = [(example, user) for example, user in zip(encoder.encode(task, rows), batch["user"], strict=True) if example]
     return {
         "input_ids": [example.input_ids for example, _ in pairs],
         "task": [list(TASKS).index(task.name)] * len(pairs),
@@ -735,9 +725,7 @@ def open_dataset(folder: Path, cutoff_len: int) -> Dataset:
 
     summary = json.loads((folder / "summary.json").read_text())
     if summary["reserved"]:
-        logger.warning(
-            f"{summary['reserved']:,} titles hold a SID or special token as text, which is read as that token"
-        )
+        logger.warning(f"{summary['reserved']:,} titles hold a SID or special token as text, which is read as that token")
     for name, task in summary["tasks"].items():
         if task["cut"]:
             logger.info(

@@ -71,12 +71,10 @@ def write_files(folder: Path, seed: int) -> None:
         with (folder / f"shop.{split}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(
-                "user_id history_item_title item_title history_item_id item_id history_item_sid item_sid".split()
+                ["user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid"]
             )
             for user, history, item in examples:
-                sids, titles = zip(
-                    *(("".join(items[str(i)][0]), items[str(i)][1]) for i in [*history, item]), strict=True
-                )
+                sids, titles = zip(*(("".join(items[str(i)][0]), items[str(i)][1]) for i in [*history, item]), strict=True)
                 writer.writerow([user, list(titles[:-1]), titles[-1], history, item, list(sids[:-1]), sids[-1]])
 
 
@@ -100,9 +98,7 @@ def pretrain(folder: Path, seed: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([*texts, *PROMPTS.values()], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     config = Qwen2Config(
@@ -132,9 +128,7 @@ def pretrain(folder: Path, seed: int) -> None:
         schedule.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            logger.info(
-                f"demo: pretraining the base model on titles, step {step + 1} of {PRETRAIN_STEPS}, loss {loss:.3f}"
-            )
+            logger.info(f"demo: pretraining the base model on titles, step {step + 1} of {PRETRAIN_STEPS}, loss {loss:.3f}")
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
 

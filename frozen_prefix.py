@@ -44,8 +44,8 @@ from sid_rows import SidRows
 logger = logging.getLogger("sft.frozen_prefix")
 
 HEAD_CHUNK = 16_000_000  # logits held at a time, in values: 64 MB in float32, large enough to keep a matmul busy
-TAIL_TOKENS = 64  # tail tokens per example of a micro-batch, on average: bounds the activations kept for the backward
-STATIC_TOKENS = 256  # static tokens per example of a micro-batch: these keep no activations
+TAIL_TOKENS = 32  # tail tokens per example of a micro-batch, on average: bounds the activations kept for the backward
+STATIC_TOKENS = 128  # the same for static tokens, which keep no activations, and for the known keys that tails read
 TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 
 
@@ -166,9 +166,7 @@ class PlainForward:
         device = self.model.device
         rows = [self.examples.ids(i) for i in indices]
         inputs = torch.from_numpy(pad([row[:-1] for row in rows])).to(device)
-        columns = [
-            np.arange(self.examples.prompt_len[i] - 1, len(row) - 1) for i, row in zip(indices, rows, strict=True)
-        ]
+        columns = [np.arange(self.examples.prompt_len[i] - 1, len(row) - 1) for i, row in zip(indices, rows, strict=True)]
         places = np.concatenate([b * inputs.shape[1] + column for b, column in enumerate(columns)])
         targets = np.concatenate([row[column + 1] for row, column in zip(rows, columns, strict=True)])
         # Right padding needs no mask: in a causal model nothing real reads what stands behind it.
@@ -258,9 +256,7 @@ class KnownKeys(Cache):
         self.past, self.keep = past, keep
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.keep:
             self.new[layer_idx] = (key_states, value_states)
         batch = key_states.shape[0]
@@ -478,9 +474,7 @@ class FrozenPrefix:
             trained = trained * self.scale
         return torch.where((place >= 0).unsqueeze(-1), trained, frozen)
 
-    def masks(
-        self, visible: np.ndarray, positions: np.ndarray, key_positions: np.ndarray
-    ) -> Tensor | dict[str, Tensor]:
+    def masks(self, visible: np.ndarray, positions: np.ndarray, key_positions: np.ndarray) -> Tensor | dict[str, Tensor]:
         """Additive masks (B, 1, S, P + S), one per kind of layer where a model has both kinds."""
         kinds = self.window.kinds
         masks = {}
@@ -573,7 +567,7 @@ class FrozenPrefix:
     def run_static(self, batches: list[list[tuple[int, list[int], Tree]]], *, kept: bool) -> dict[int, StaticLabels]:
         """Runs trees; fills the stores (`kept`), or returns the labels and leaves the keys until `forget`."""
         loose: dict[int, StaticLabels] = {}
-        for batch in batches if kept else [part for batch in batches for part in self.split_batch(batch)]:
+        for batch in batches if kept else [part for loose_batch in batches for part in self.split_batch(loose_batch)]:
             task = self.tree_task(batch[0][0])
             keep = any(self.tail_len[i] for _, group, _ in batch for i in group)
             past = [[piece] for piece in self.keys_of_template(task)]
@@ -597,9 +591,7 @@ class FrozenPrefix:
         if part:
             yield part
 
-    def keep_keys(
-        self, number: int, group: list[int], tree: Tree, new: dict[int, tuple[Tensor, Tensor]], b: int
-    ) -> None:
+    def keep_keys(self, number: int, group: list[int], tree: Tree, new: dict[int, tuple[Tensor, Tensor]], b: int) -> None:
         """Takes row b of new keys and values, into the store where there is room for them, or else until `forget`."""
         nodes = len(tree.tokens)
         layers = [torch.stack([k[b, :, :nodes], v[b, :, :nodes]]) for k, v in (new[layer] for layer in sorted(new))]
@@ -772,20 +764,20 @@ class FrozenPrefix:
         """The process that owns each example's kept tree, -1 where any process may take it."""
         if not self.fills or processes == 1:
             return np.full(len(indices), -1)
-        return np.array(
-            [self.fill_of[int(self.tree_of[i])] % processes if self.tree_of[i] >= 0 else -1 for i in indices]
-        )
+        return np.array([self.fill_of[int(self.tree_of[i])] % processes if self.tree_of[i] >= 0 else -1 for i in indices])
 
     def cut_kind(self, members: np.ndarray, sizes: np.ndarray, owner: int | None) -> list[Part]:
+        """Micro-batches of examples of one kind, within the bounds on tail tokens and on known keys read beside them."""
         groups = self.tail_groups(members)
-        widest = [int(sizes[group].sum()) for group in groups]
-        order = sorted(range(len(groups)), key=lambda g: (widest[g], int(self.own_len[groups[g]].sum()), groups[g]))
+        wide = [int(sizes[group].sum()) for group in groups]
+        known = [int(self.own_len[group].max()) if self.tail_len[group[0]] else 0 for group in groups]
         parts: list[list[int]] = [[]]
-        count = 0
-        for g in order:
-            if parts[-1] and (count + 1) * widest[g] > self.tail_tokens:
+        count = most_known = 0
+        for g in sorted(range(len(groups)), key=lambda g: (wide[g], known[g], groups[g])):
+            most_known = max(most_known, known[g])
+            if parts[-1] and ((count + 1) * wide[g] > self.tail_tokens or (count + 1) * most_known > self.static_tokens):
                 parts.append([])
-                count = 0
+                count, most_known = 0, known[g]
             parts[-1] += groups[g]
             count += 1
         return [Part(np.array(part), self.cost(np.array(part)), owner) for part in parts]
@@ -793,9 +785,7 @@ class FrozenPrefix:
     def cost(self, part: np.ndarray) -> float:
         """Forward passes of a token, roughly: a tail token costs two (forward and backward), a static one, if new, one."""
         new = [
-            i
-            for i in part
-            if self.tree_of[i] >= 0 and not (self.fills and self.filled[self.fill_of[int(self.tree_of[i])]])
+            i for i in part if self.tree_of[i] >= 0 and not (self.fills and self.filled[self.fill_of[int(self.tree_of[i])]])
         ]
         return float(2 * self.tail_len[part].sum() + self.own_len[new].sum() + 0.1 * self.static_labels[part].sum())
 
@@ -817,10 +807,10 @@ class FrozenPrefix:
     def shares(self) -> str:
         """What the tokens are, in words: template, own prefix and tail add up to all."""
         total = int(self.examples.length.sum()) / 100
-        template, own, labels = (
-            int(part.sum()) / total for part in (self.template_len, self.own_len, self.examples.labels)
+        template, own, labels = (int(part.sum()) / total for part in (self.template_len, self.own_len, self.examples.labels))
+        return (
+            f"{template:.0f}% template, {own:.0f}% own prefix, {100 - template - own:.0f}% tail; {labels:.0f}% carry a label"
         )
-        return f"{template:.0f}% template, {own:.0f}% own prefix, {100 - template - own:.0f}% tail; {labels:.0f}% carry a label"
 
 
 # ---------------------------------------------------------------------------------------------- which models

@@ -82,9 +82,7 @@ def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> lis
     special = set(tokenizer.all_special_tokens)
     for token in tokens:
         if token in vocabulary and (token not in added or token in special):
-            raise InputError(
-                f"SID token {token!r} already means something else to the tokenizer; rename it in the index"
-            )
+            raise InputError(f"SID token {token!r} already means something else to the tokenizer; rename it in the index")
     new = [token for token in tokens if token not in vocabulary]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
     for token in tokens:
@@ -138,9 +136,7 @@ def freeze_llm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     from sid_rows import SidRows
 
     if not tokens:
-        raise InputError(
-            "--freeze_LLM True, but the index has no SID token: nothing would train; check --sid_index_path"
-        )
+        raise InputError("--freeze_LLM True, but the index has no SID token: nothing would train; check --sid_index_path")
     logger.info("Freezing LLM parameters, only training new token embeddings")
     rows = SidRows(model, tokenizer.convert_tokens_to_ids(tokens), tokens)
     low, high = int(rows.ids[0]), int(rows.ids[-1])
@@ -205,13 +201,9 @@ def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTok
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--base_model {base_model}: has no tokenizer that loads ({error_text(error)[:200]})"
-        ) from None
+        raise InputError(f"--base_model {base_model}: has no tokenizer that loads ({error_text(error)[:200]})") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token"
-        )
+        raise InputError(f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
         logger.info(f"The tokenizer has no pad token: {tokenizer.eos_token!r} pads")
@@ -230,9 +222,7 @@ def load_model(base_model: str, *, from_scratch: bool, trust_remote_code: bool) 
             return model.to(config.dtype or model.dtype)
         return AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})"
-        ) from None
+        raise InputError(f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})") from None
 
 
 def save_folder(folder: Path, write: typing.Callable[[Path], None]) -> None:
@@ -361,9 +351,7 @@ def train(
     train_data, eval_data = datasets_of(flags, catalogue, wording, tokenizer)
 
     args = training_arguments(flags, steps_per_epoch=math.ceil(len(train_data) / flags.batch_size))
-    model = load_model(
-        flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code
-    )
+    model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code)
     base_dtype = model.dtype
     logger.info(f"Adding {len(new_ids)} new tokens to tokenizer")
     if len(new_ids) < len(tokens):
@@ -414,9 +402,7 @@ def token_extender(sid_index_path: str) -> TokenExtender:
     """Splits the path of an index so that TokenExtender opens exactly that file: X.faiss.index.json is not X.index.json."""
     path = Path(sid_index_path)
     dataset, dot, rest = path.name.rpartition(".index.json")
-    return (
-        TokenExtender(str(path.parent), dataset, dot + rest) if dot else TokenExtender(str(path.parent), path.name, "")
-    )
+    return TokenExtender(str(path.parent), dataset, dot + rest) if dot else TokenExtender(str(path.parent), path.name, "")
 
 
 def check_rows(flags: types.SimpleNamespace, catalogue: Catalogue) -> None:
@@ -668,9 +654,7 @@ def check_ranges(flags: types.SimpleNamespace) -> None:
     for name in ("eval_steps", "save_steps"):
         value = getattr(flags, name)
         if value > 1 and value != int(value):
-            raise InputError(
-                f"sft.py: --{name} {value:g} must be a whole number of steps, or a share of the run below 1"
-            )
+            raise InputError(f"sft.py: --{name} {value:g} must be a whole number of steps, or a share of the run below 1")
     if flags.eval_file and not math.isclose(ratio := flags.save_steps / flags.eval_steps, max(1, round(ratio))):
         raise InputError(
             f"sft.py: --save_steps {flags.save_steps:g} is no multiple of --eval_steps {flags.eval_steps:g}; "
@@ -737,13 +721,9 @@ def check_distribution(flags: types.SimpleNamespace) -> None:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             why = (
-                "never calls the gradient hook that keeps the other rows frozen"
-                if flags.freeze_LLM
-                else "is not supported"
+                "never calls the gradient hook that keeps the other rows frozen" if flags.freeze_LLM else "is not supported"
             )
-            raise InputError(
-                f"sft.py: {name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration"
-            )
+            raise InputError(f"sft.py: {name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration")
 
 
 def suggestion(word: str, known: typing.Iterable[str]) -> str:

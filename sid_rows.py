@@ -171,9 +171,7 @@ def read_rows_file(path: Path) -> SavedRows:
         tokens = json.loads(metadata["tokens"])
         return SavedRows(tensors.pop("ids"), tokens, dict(sorted(tensors.items())), metadata["base"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: is not a rows file ({type(error).__name__}); expected a {ROWS_FILE} of a run"
-        ) from None
+        raise InputError(f"{path}: is not a rows file ({type(error).__name__}); expected a {ROWS_FILE} of a run") from None
     except Exception as error:  # safetensors raises a bare Exception subclass for a broken file
         if type(error).__name__ != "SafetensorError":
             raise

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
-from data import TASKS
+from data import TASKS, InputError
 from frozen_prefix import Examples, FrozenPrefix, Part, PlainForward, disagreement, why_not_exact
 from sid_rows import ROWS_FILE, SidRowAdamW, SidRows
 
@@ -95,6 +96,16 @@ def deal(parts: list[Part], processes: int) -> list[list[np.ndarray]]:
     return hands
 
 
+class LogLines(ProgressCallback):
+    """The Trainer's progress bars, with each entry of the log as one readable line."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            numbers = ", ".join(f"{name} {readable(value, 4)}" for name, value in logs.items() if name != "epoch")
+            with logging_redirect_tqdm([logging.getLogger()]):
+                logger.info(f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.2f}: {numbers}")
+
+
 class SidTrainer(Trainer):
     """Trains the whole model, or with `rows` the SID rows alone."""
 
@@ -113,6 +124,9 @@ class SidTrainer(Trainer):
     ) -> None:
         super().__init__(**settings)
         self.rows, self.base_hash, self.micro_batch_size = rows, base_hash, micro_batch_size
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(LogLines())
         # A step's gradients are summed here, once; the wrapper that would sum them every backward is not wanted.
         prepare_model = self.accelerator.prepare_model
         self.accelerator.prepare_model = lambda model, **options: prepare_model(
@@ -274,9 +288,7 @@ class SidTrainer(Trainer):
                     logs[f"loss_{name}"] = loss / labels
             self.reset_task_sums()
             if not math.isfinite(logs["loss"]):
-                raise RuntimeError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; try a lower --learning_rate"
-                )
+                raise InputError(f"the loss is {logs['loss']} at step {self.state.global_step}; try a lower --learning_rate")
         super().log({key: readable(value) for key, value in logs.items()}, start_time)
 
     def log_speed(self, started: float) -> None:
@@ -314,8 +326,8 @@ class SidTrainer(Trainer):
             self.rows.load(Path(self.state.best_model_checkpoint) / ROWS_FILE)
 
 
-def readable(value: float) -> float:
-    """A number with the digits a log needs (a loss with its seventh digit is still comparable between runs)."""
+def readable(value: float, digits: int = 7) -> float:
+    """A number with the digits that a log needs: seven to compare runs, four to read."""
     if isinstance(value, Tensor):
         value = value.item()
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

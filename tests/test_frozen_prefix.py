@@ -53,9 +53,7 @@ def plain_recipe(model, examples, indices, side="right"):
     """HF's own forward: padded batch, attention mask, all logits, labels -100 where nothing is supervised; a sum."""
     ids = [examples.ids(i) for i in indices]
     inputs, mask = torch.from_numpy(pad(ids)), torch.from_numpy(pad([np.ones_like(row) for row in ids]))
-    labels = [
-        np.where(np.arange(len(row)) < examples.prompt_len[i], -100, row) for i, row in zip(indices, ids, strict=True)
-    ]
+    labels = [np.where(np.arange(len(row)) < examples.prompt_len[i], -100, row) for i, row in zip(indices, ids, strict=True)]
     labels = torch.from_numpy(pad(labels, fill=-100))
     if side == "left":
         inputs, mask, labels = (

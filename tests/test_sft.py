@@ -203,9 +203,7 @@ def test_sids_of_mixed_depth_train(flags, shop, tmp_path, caplog):
     assert "Adding 22 new tokens" in text
 
 
-def test_a_checkpoint_is_the_base_of_the_next_run_in_freeze_mode_and_whole(
-    flags, base, shop, sid_tokens, tmp_path, caplog
-):
+def test_a_checkpoint_is_the_base_of_the_next_run_in_freeze_mode_and_whole(flags, base, shop, sid_tokens, tmp_path, caplog):
     run(flags(), caplog)
     first = tmp_path / "first"
     shutil.move(tmp_path / "run", first)

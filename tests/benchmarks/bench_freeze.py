@@ -1,0 +1,302 @@
+"""Times freeze mode: the plain recipe, peft's trainable tokens, and the frozen prefix, on the same real examples.
+
+    python tests/benchmarks/bench_freeze.py --examples 512
+    python tests/benchmarks/bench_freeze.py --examples 512 --full         # freeze_LLM False: plain recipe and ours
+    python tests/benchmarks/bench_freeze.py --examples 16 --shape 0.5b    # random weights of Qwen2.5-0.5B's shape
+
+Each contender runs in a process of its own, one after another, A B C A B C. The plain recipe is the usual one: examples in
+random order, micro-batches of 16 padded to a multiple of 8, all logits, a dense gradient (masked in freeze mode), AdamW on
+the whole matrix. Optimizer steps are of 512 examples. The examples are those of the first users of the Industrial training
+CSV, all five tasks, so that users' windows are as complete as they are in a whole epoch. Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+AMAZON = ROOT.parent / "shared" / "data" / "amazon" / "Industrial_and_Scientific"
+STEP = 512
+SHAPES = {
+    "small": {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "vocab_size": 32_768},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "vocab_size": 151_936},
+}
+PLAIN_MICRO = {"small": 16, "0.5b": 4}
+FREEZE = ("plain", "peft", "ours")
+FULL = ("full-plain", "full-ours")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def prepare(folder: Path, examples: int) -> None:
+    """A byte-level BPE of 32,000 trained on the catalogue, and the tokenized examples, on disk for all contenders."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    import data
+    import sft
+
+    items = json.loads(Path(f"{AMAZON}.item.json").read_text())
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=32_000, special_tokens=["<|end|>"], show_progress=False)
+    tokenizer.train_from_iterator((f"{item['title']}\n{item['description']}" for item in items.values()), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    catalogue = data.read_catalogue(Path(f"{AMAZON}.index.json"), Path(f"{AMAZON}.item.json"))
+    tokens = sft.token_extender(f"{AMAZON}.index.json").get_new_tokens()
+    sft.add_sid_tokens(fast, tokens)
+    fast.save_pretrained(folder / "tokenizer")
+    dataset = data.build_dataset(
+        data.Source(Path(f"{AMAZON}.train.csv")),
+        list(data.DEFAULT_TASKS),
+        catalogue=catalogue,
+        prompts=data.read_prompts(None, "Industrial_and_Scientific"),
+        tokenizer=fast,
+        cutoff_len=512,
+        cache_dir=folder / "cache",
+    )
+    import numpy as np
+
+    tasks = np.asarray(dataset.with_format("numpy")["task"][:])
+    share = examples / len(dataset)
+    picks = [np.nonzero(tasks == task)[0] for task in np.unique(tasks)]
+    counts = [max(1, round(share * len(members))) for members in picks]
+    counts[0] += examples - sum(counts)
+    chosen = np.concatenate([members[:count] for members, count in zip(picks, counts, strict=True)])
+    dataset.select(chosen).flatten_indices().save_to_disk(folder / "examples")
+
+
+def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
+    """Trains for some epochs; seconds of each, tokens, peak memory, and the first step's gradient on disk."""
+    import numpy as np
+    import torch
+    from datasets import load_from_disk
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    import sft
+    from frozen_prefix import Examples, FrozenPrefix, PlainForward
+    from sid_rows import SidRowAdamW, SidRows
+    from trainer import StepSampler
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokens = sft.token_extender(f"{AMAZON}.index.json").get_new_tokens()
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    examples = Examples(load_from_disk(folder / "examples"))
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **SHAPES[shape],
+        num_hidden_layers=24,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+    )
+    model = Qwen2ForCausalLM(config).to(device)
+    sft.init_rows(model, ids, min(ids), seed=0)
+    micro = PLAIN_MICRO[shape]
+    sampler = StepSampler(examples, STEP, seed=0)
+
+    def plain_nll(part: np.ndarray) -> torch.Tensor:
+        """The usual recipe's loss of a micro-batch, as a sum: right padding to a multiple of 8, every logit."""
+        rows = [examples.ids(i) for i in part]
+        width = -(-max(map(len, rows)) // 8) * 8
+        inputs = np.zeros((len(part), width), dtype=np.int64)
+        mask, labels = np.zeros_like(inputs), np.full_like(inputs, -100)
+        for b, (i, row) in enumerate(zip(part, rows, strict=True)):
+            inputs[b, : len(row)], mask[b, : len(row)] = row, 1
+            labels[b, examples.prompt_len[i] : len(row)] = row[examples.prompt_len[i] :]
+        batch = {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+        loss = model(**{key: torch.from_numpy(value).to(device) for key, value in batch.items()}, use_cache=False).loss
+        return loss * int((labels[:, 1:] != -100).sum())
+
+    rows = None
+    if name == "peft":
+        import peft
+
+        model = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=ids, target_modules=["embed_tokens"]))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    elif name in ("plain", "ours"):
+        rows = SidRows(model, ids, tokens)
+        trained = [model.get_input_embeddings().weight] if name == "plain" else rows.masters
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0) if name == "plain" else SidRowAdamW(rows, lr=1e-3)
+    else:
+        trained = list(model.parameters())
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    if name == "ours":
+        forward = FrozenPrefix(model, rows, examples, micro, cache_bytes=2 * 10**9)
+    elif name == "full-ours":
+        forward = PlainForward(model, examples, micro)
+
+    def parts_of(step: list[int]) -> list[np.ndarray]:
+        if name in ("ours", "full-ours"):
+            return [part.indices for part in forward.cut(np.array(step))]
+        return [np.array(step[i : i + micro]) for i in range(0, len(step), micro)]
+
+    seconds, gradient, losses = [], None, []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        steps = list(sampler)
+        started = time.perf_counter()
+        for step in steps:
+            labels, total = int(examples.labels[step].sum()), 0.0
+            for part in parts_of(step):
+                nll = forward.nll(part).sum() if name in ("ours", "full-ours") else plain_nll(part)
+                (nll / labels).backward()
+                total += nll.detach()
+            losses.append(float(total) / labels)
+            if gradient is None:
+                gradient = [p.grad.detach().float().cpu() for p in trained]
+                if name == "plain":
+                    gradient = [gradient[0][sorted(ids)]]
+                elif name == "peft":
+                    gradient = [gradient[0][torch.tensor(ids).argsort()]]
+                if name.startswith("full"):
+                    gradient = [torch.cat([g.flatten() for g in gradient])]
+            optimizer.step()
+            optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    torch.save(gradient[0], folder / f"{name}.pt")
+    peak = (
+        torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    result = {"seconds": seconds, "tokens": int(examples.length.sum()), "peak": peak, "losses": losses}
+    if name == "ours":
+        result["shares"] = shares(forward, examples, sampler, micro, model)
+    return result
+
+
+def shares(forward, examples, sampler, micro: int, model) -> dict:
+    """What the tokens are, and the ratio of arithmetic that follows: per token a forward costs 1, its backward 1 more (inputs
+    only), and 3 instead of 2 passes are done of the plain recipe's head, whose dense gradient is made too."""
+    import numpy as np
+
+    total = int(examples.length.sum())
+    order = np.concatenate([np.array(step) for step in sampler])
+    padded = sum(
+        len(part) * (-(-int(examples.length[part].max()) // 8) * 8)
+        for part in (order[i : i + micro] for i in range(0, len(order), micro))
+    )
+    head = model.get_input_embeddings().weight.numel()
+    backbone = sum(p.numel() for p in model.parameters()) - head
+    tail, own = int(forward.tail_len.sum()), int(forward.own_len.sum())
+    in_trees = sum(len(tree.tokens) for _, tree in forward.trees.values())
+    static, labels = int(forward.static_labels.sum()), int(examples.labels.sum())
+    plain = padded * (2 * backbone + 3 * head)
+    later = tail * 2 * backbone + (labels - static) * 2 * head
+    first = later + in_trees * backbone + static * head
+    return {
+        "template": int(forward.template_len.sum()) / total,
+        "own_prefix": own / total,
+        "tail": tail / total,
+        "labels": labels / total,
+        "own_prefix_in_trees": in_trees / total,
+        "padding": padded / total,
+        "arithmetic_ratio_epoch1": plain / first,
+        "arithmetic_ratio_later": plain / later,
+    }
+
+
+def run_contender(name: str, folder: Path, options: argparse.Namespace) -> dict:
+    epochs = options.epochs if name == "ours" else 1  # the others' epochs are all alike
+    command = [sys.executable, __file__, "--contender", name, "--folder", str(folder)]
+    command += ["--shape", options.shape, "--epochs", str(epochs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def relative_error(folder: Path, name: str, reference: str) -> float:
+    import torch
+
+    found, wanted = (torch.load(folder / f"{which}.pt", weights_only=True) for which in (name, reference))
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return f"{os.cpu_count()} x {cpu}; commit {commit.stdout.strip()}; {time.strftime('%Y-%m-%d')}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of ours: the first and the later ones")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--full", action="store_true", help="freeze_LLM False instead")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        say(json.dumps(contender(options.contender, options.folder, options.shape, options.epochs)))
+        return
+    names = FULL if options.full else FREEZE
+    say(f"{machine()}; {' '.join(sys.argv)}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, options.examples)
+        runs: dict[str, list[dict]] = {contestant: [] for contestant in names}
+        for number in range(options.rounds):
+            for contestant in names:
+                runs[contestant].append(run_contender(contestant, folder, options))
+                latest = runs[contestant][-1]
+                say(
+                    f"round {number + 1}: {contestant:10} epochs {' '.join(f'{s:.1f}' for s in latest['seconds'])} s, "
+                    f"peak {latest['peak'] / 2**30:.2f} GiB, first loss {latest['losses'][0]:.6f}"
+                )
+        errors = {contestant: relative_error(folder, contestant, names[0]) for contestant in names[1:]}
+
+    def best(contestant: str, later: bool = False) -> float:
+        """The mean over rounds of an epoch's seconds."""
+        picks = [
+            min(run["seconds"][1:]) if later and len(run["seconds"]) > 1 else run["seconds"][0] for run in runs[contestant]
+        ]
+        return sum(picks) / len(picks)
+
+    tokens = runs[names[0]][0]["tokens"]
+    say(f"\n{'':12}{'epoch 1':>10}{'later':>10}{'tokens/s':>12}{'later':>10}{'peak GiB':>10}{'gradient error':>16}")
+    for contestant in names:
+        first, later = best(contestant), best(contestant, later=True)
+        peak = max(run["peak"] for run in runs[contestant]) / 2**30
+        error = f"{errors[contestant]:.1e}" if contestant in errors else "-"
+        say(
+            f"{contestant:12}{first:>9.1f}s{later:>9.1f}s{tokens / first:>12,.0f}{tokens / later:>10,.0f}{peak:>10.2f}{error:>16}"
+        )
+    last = names[-1]
+    summary = {
+        "ratio_epoch1": round(best(names[0]) / best(last), 2),
+        "ratio_later": round(best(names[0]) / best(last, later=True), 2),
+        "memory_ratio": round(max(r["peak"] for r in runs[last]) / max(r["peak"] for r in runs[names[0]]), 3),
+        "grad_rel_err": errors[last],
+        "tokens_per_s": {contestant: round(tokens / best(contestant)) for contestant in names},
+        "examples": options.examples,
+        "shape": options.shape,
+    }
+    if not options.full:
+        summary["shares"] = {key: round(value, 3) for key, value in runs["ours"][0]["shares"].items()}
+        say("\nshares of tokens: " + ", ".join(f"{key} {value}" for key, value in summary["shares"].items()))
+    say(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
