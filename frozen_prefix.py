@@ -783,11 +783,13 @@ class FrozenPrefix:
         return [Part(np.array(part), self.cost(np.array(part)), owner) for part in parts]
 
     def cost(self, part: np.ndarray) -> float:
-        """Forward passes of a token, roughly: a tail token costs two (forward and backward), a static one, if new, one."""
-        new = [
-            i for i in part if self.tree_of[i] >= 0 and not (self.fills and self.filled[self.fill_of[int(self.tree_of[i])]])
-        ]
-        return float(2 * self.tail_len[part].sum() + self.own_len[new].sum() + 0.1 * self.static_labels[part].sum())
+        """Forward passes of a token, roughly: two for a tail token (forward and backward), one for a static one.
+
+        What is kept counts as free from the start: the order of the micro-batches, and with it every bit of the gradient, must
+        not depend on which step came first.
+        """
+        static = 0 if self.fills else self.own_len[part].sum()
+        return float(2 * self.tail_len[part].sum() + static + 0.1 * self.static_labels[part].sum())
 
     def nll(self, indices: np.ndarray) -> Tensor:
         """Sums of -log p over the labels of a micro-batch (of one task), per task (len(TASKS),).
