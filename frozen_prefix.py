@@ -77,6 +77,14 @@ class Examples:
         return self.length - self.prompt_len
 
 
+class Part(NamedTuple):
+    """One micro-batch of a step: its examples, roughly what it costs, and the process that must take it, if one must."""
+
+    indices: np.ndarray
+    cost: float
+    owner: int | None
+
+
 # ---------------------------------------------------------------------------------------------- the head
 
 
@@ -136,14 +144,6 @@ class LabelLoss(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------- the plain way
-
-
-class Part(NamedTuple):
-    """One micro-batch of a step: its examples, roughly what it costs, and the process that must take it, if one must."""
-
-    indices: np.ndarray
-    cost: float
-    owner: int | None
 
 
 class PlainForward:
@@ -785,8 +785,8 @@ class FrozenPrefix:
     def cost(self, part: np.ndarray) -> float:
         """Forward passes of a token, roughly: two for a tail token (forward and backward), one for a static one.
 
-        What is kept counts as free from the start: the order of the micro-batches, and with it every bit of the gradient, must
-        not depend on which step came first.
+        What is kept counts as free from the start: the order of the micro-batches, and with it every bit of the gradient,
+        must not depend on which step came first.
         """
         static = 0 if self.fills else self.own_len[part].sum()
         return float(2 * self.tail_len[part].sum() + static + 0.1 * self.static_labels[part].sum())

@@ -302,6 +302,9 @@ class SidTrainer(Trainer):
             f"{self.tokens_seen:,} tokens at {rate:,.0f} tokens/s; peak memory {peak / 2**30:.2f} GiB per process; "
             f"{time.monotonic() - started:.0f} s in all"
         )
+        if self.args.world_size > 1:
+            sent = sum(parameter.numel() * parameter.element_size() for parameter in self.trained())
+            logger.info(f"{sent:,} bytes of gradient summed over {self.args.world_size} processes per step")
 
     # ---- checkpoints: in freeze mode rows, optimizer, scheduler and position, megabytes in all
 

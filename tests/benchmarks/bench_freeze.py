@@ -123,27 +123,28 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
         loss = model(**{key: torch.from_numpy(value).to(device) for key, value in batch.items()}, use_cache=False).loss
         return loss * int((labels[:, 1:] != -100).sum())
 
-    rows = None
+    rows, ours = None, "ours" in name
     if name == "peft":
         import peft
 
         model = peft.get_peft_model(model, peft.TrainableTokensConfig(token_indices=ids, target_modules=["embed_tokens"]))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    elif name in ("plain", "ours"):
+    elif name in ("plain", "ours", "ours-users"):
         rows = SidRows(model, ids, tokens)
         trained = [model.get_input_embeddings().weight] if name == "plain" else rows.masters
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0) if name == "plain" else SidRowAdamW(rows, lr=1e-3)
+        optimizer = SidRowAdamW(rows, lr=1e-3) if ours else torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     else:
         trained = list(model.parameters())
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    if name == "ours":
-        forward = FrozenPrefix(model, rows, examples, micro, cache_bytes=2 * 10**9)
-    elif name == "full-ours":
-        forward = PlainForward(model, examples, micro)
+
+    def make_forward() -> FrozenPrefix | PlainForward:
+        if name == "full-ours":
+            return PlainForward(model, examples, micro)
+        return FrozenPrefix(model, rows, examples, micro, cache_bytes=2 * 10**9, group_users=name == "ours-users")
 
     def parts_of(step: list[int]) -> list[np.ndarray]:
-        if name in ("ours", "full-ours"):
+        if ours:
             return [part.indices for part in forward.cut(np.array(step))]
         return [np.array(step[i : i + micro]) for i in range(0, len(step), micro)]
 
@@ -152,10 +153,12 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
         sampler.set_epoch(epoch)
         steps = list(sampler)
         started = time.perf_counter()
+        if ours and epoch == 0:
+            forward = make_forward()
         for step in steps:
             labels, total = int(examples.labels[step].sum()), 0.0
             for part in parts_of(step):
-                nll = forward.nll(part).sum() if name in ("ours", "full-ours") else plain_nll(part)
+                nll = forward.nll(part).sum() if ours else plain_nll(part)
                 (nll / labels).backward()
                 total += nll.detach()
             losses.append(float(total) / labels)
@@ -183,8 +186,11 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
 
 
 def shares(forward, examples, sampler, micro: int, model) -> dict:
-    """What the tokens are, and the ratio of arithmetic that follows: per token a forward costs 1, its backward 1 more (inputs
-    only), and 3 instead of 2 passes are done of the plain recipe's head, whose dense gradient is made too."""
+    """What the tokens are, and the ratio of arithmetic that follows from it.
+
+    Per token a forward costs 1 and its backward 1 more (to the inputs only); the plain recipe's head costs 3, for it has a
+    dense gradient of its own.
+    """
     import numpy as np
 
     total = int(examples.length.sum())
@@ -214,7 +220,7 @@ def shares(forward, examples, sampler, micro: int, model) -> dict:
 
 
 def run_contender(name: str, folder: Path, options: argparse.Namespace) -> dict:
-    epochs = options.epochs if name == "ours" else 1  # the others' epochs are all alike
+    epochs = options.epochs if name.startswith("ours") else 1  # the others' epochs are all alike
     command = [sys.executable, __file__, "--contender", name, "--folder", str(folder)]
     command += ["--shape", options.shape, "--epochs", str(epochs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -244,16 +250,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="epochs of ours: the first and the later ones")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--full", action="store_true", help="freeze_LLM False instead")
+    parser.add_argument("--users", action="store_true", help="also ours with --group_users: a user's tails as one tree")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
         say(json.dumps(contender(options.contender, options.folder, options.shape, options.epochs)))
         return
-    names = FULL if options.full else FREEZE
+    import datasets
+
+    names = FULL if options.full else FREEZE + ("ours-users",) * options.users
     say(f"{machine()}; {' '.join(sys.argv)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        datasets.disable_progress_bars()
         prepare(folder, options.examples)
         runs: dict[str, list[dict]] = {contestant: [] for contestant in names}
         for number in range(options.rounds):
@@ -266,33 +276,34 @@ def main() -> None:
                 )
         errors = {contestant: relative_error(folder, contestant, names[0]) for contestant in names[1:]}
 
-    def best(contestant: str, later: bool = False) -> float:
-        """The mean over rounds of an epoch's seconds."""
-        picks = [
-            min(run["seconds"][1:]) if later and len(run["seconds"]) > 1 else run["seconds"][0] for run in runs[contestant]
-        ]
-        return sum(picks) / len(picks)
+    def epoch_s(contestant: str, *, later: bool = False) -> float:
+        """The mean over rounds of the first epoch's seconds, or of the later ones'."""
+        picks = [run["seconds"][1:] if later and len(run["seconds"]) > 1 else run["seconds"][:1] for run in runs[contestant]]
+        return sum(map(sum, picks)) / sum(map(len, picks))
 
     tokens = runs[names[0]][0]["tokens"]
     say(f"\n{'':12}{'epoch 1':>10}{'later':>10}{'tokens/s':>12}{'later':>10}{'peak GiB':>10}{'gradient error':>16}")
     for contestant in names:
-        first, later = best(contestant), best(contestant, later=True)
+        first, later = epoch_s(contestant), epoch_s(contestant, later=True)
         peak = max(run["peak"] for run in runs[contestant]) / 2**30
         error = f"{errors[contestant]:.1e}" if contestant in errors else "-"
-        say(
-            f"{contestant:12}{first:>9.1f}s{later:>9.1f}s{tokens / first:>12,.0f}{tokens / later:>10,.0f}{peak:>10.2f}{error:>16}"
-        )
-    last = names[-1]
+        speed = f"{tokens / first:>12,.0f}{tokens / later:>10,.0f}"
+        say(f"{contestant:12}{first:>9.1f}s{later:>9.1f}s{speed}{peak:>10.2f}{error:>16}")
+    last = "full-ours" if options.full else "ours"
     summary = {
-        "ratio_epoch1": round(best(names[0]) / best(last), 2),
-        "ratio_later": round(best(names[0]) / best(last, later=True), 2),
+        "ratio_epoch1": round(epoch_s(names[0]) / epoch_s(last), 2),
+        "ratio_later": round(epoch_s(names[0]) / epoch_s(last, later=True), 2),
         "memory_ratio": round(max(r["peak"] for r in runs[last]) / max(r["peak"] for r in runs[names[0]]), 3),
         "grad_rel_err": errors[last],
-        "tokens_per_s": {contestant: round(tokens / best(contestant)) for contestant in names},
+        "tokens_per_s": {contestant: round(tokens / epoch_s(contestant)) for contestant in names},
+        "tokens_per_s_later": round(tokens / epoch_s(last, later=True)),
         "examples": options.examples,
         "shape": options.shape,
     }
     if not options.full:
+        if options.users:
+            summary["ratio_epoch1_users"] = round(epoch_s("plain") / epoch_s("ours-users"), 2)
+            summary["ratio_later_users"] = round(epoch_s("plain") / epoch_s("ours-users", later=True), 2)
         summary["shares"] = {key: round(value, 3) for key, value in runs["ours"][0]["shares"].items()}
         say("\nshares of tokens: " + ", ".join(f"{key} {value}" for key, value in summary["shares"].items()))
     say(json.dumps(summary))
