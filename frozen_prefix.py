@@ -1,4 +1,4 @@
-"""Two ways to the same loss: the plain forward, and the forward that knows what is constant while only SID rows train.
+"""The forward that knows what is constant while only SID rows train.
 
 A frozen causal decoder computes the same hidden states, keys and values for every token before the first SID of its
 sequence, at every step. With an example laid out as
@@ -24,7 +24,6 @@ and values, N nodes of a tree.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,15 +32,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from data import TASKS
+from plain_forward import Examples, Part, PlainForward, finish_logits
 from sid_rows import SidRows
-
-logger = logging.getLogger("sft.frozen_prefix")
+from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, sliding_window
 
 HEAD_CHUNK = 16_000_000  # logits held at a time, in values: 64 MB in float32, large enough to keep a matmul busy
 TAIL_TOKENS = 32  # tail tokens per example of a micro-batch, on average: bounds the activations kept for the backward
@@ -49,56 +47,7 @@ STATIC_TOKENS = 128  # the same for static tokens, which keep no activations, an
 TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 
 
-class Examples:
-    """A tokenized dataset as arrays, one entry per example; token ids stay memory-mapped."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        columns = dataset.data.table if hasattr(dataset.data, "table") else dataset.data
-        self.length, self.prompt_len, self.static_len, self.task, self.user = (
-            columns.column(name).to_numpy() for name in ("length", "prompt_len", "static_len", "task", "user")
-        )
-        chunks = columns.column("input_ids").chunks
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
-        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
-
-    def __len__(self) -> int:
-        return len(self.length)
-
-    def ids(self, i: int) -> np.ndarray:
-        """Token ids of example i: prompt, answer, end token."""
-        chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
-        offsets, values = self._chunks[chunk]
-        place = i - self._starts[chunk]
-        return values[offsets[place] : offsets[place + 1]]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Supervised tokens of each example."""
-        return self.length - self.prompt_len
-
-
-class Part(NamedTuple):
-    """One micro-batch of a step: its examples, roughly what it costs, and the process that must take it, if one must."""
-
-    indices: np.ndarray
-    cost: float
-    owner: int | None
-
-
 # ---------------------------------------------------------------------------------------------- the head
-
-
-def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """What some architectures do to the head's output: a scale, then a soft-cap. In float32, as the loss wants them."""
-    config = model.config.get_text_config()
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if (scale := getattr(config, "logit_scale", None)) is not None:
-        logits = logits * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        logits = logits / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits
 
 
 class LabelLoss(torch.autograd.Function):
@@ -141,96 +90,6 @@ class LabelLoss(torch.autograd.Function):
             None if grad_rows is None else (grad_rows * grad).to(ctx.rows_dtype),
             *[None] * 5,
         )
-
-
-# ---------------------------------------------------------------------------------------------- the plain way
-
-
-class PlainForward:
-    """Whole sequences with gradients; logits only where a label stands."""
-
-    def __init__(self, model: PreTrainedModel, examples: Examples, micro_batch_size: int) -> None:
-        self.model, self.examples, self.micro_batch_size = model, examples, micro_batch_size
-
-    def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
-        """The examples of a step as micro-batches, sorted by length so that little is padding."""
-        ordered = indices[np.argsort(self.examples.length[indices], kind="stable")]
-        parts = [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
-        return [Part(part, float(len(part) * self.examples.length[part].max()), None) for part in parts]
-
-    def nll(self, indices: np.ndarray) -> Tensor:
-        """Sums of -log p over the labels of the examples, per task (len(TASKS),).
-
-        The end token is no input: nothing is predicted from it.
-        """
-        device = self.model.device
-        rows = [self.examples.ids(i) for i in indices]
-        inputs = torch.from_numpy(pad([row[:-1] for row in rows])).to(device)
-        columns = [np.arange(self.examples.prompt_len[i] - 1, len(row) - 1) for i, row in zip(indices, rows, strict=True)]
-        places = np.concatenate([b * inputs.shape[1] + column for b, column in enumerate(columns)])
-        targets = np.concatenate([row[column + 1] for row, column in zip(rows, columns, strict=True)])
-        # Right padding needs no mask: in a causal model nothing real reads what stands behind it.
-        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[torch.from_numpy(places).to(device)]
-        logits = finish_logits(self.model, self.model.get_output_embeddings()(hidden))
-        losses = F.cross_entropy(logits, torch.from_numpy(targets.astype(np.int64)).to(device), reduction="none")
-        tasks = np.repeat(self.examples.task[indices], self.examples.labels[indices]).astype(np.int64)
-        return losses.new_zeros(len(TASKS)).index_add(0, torch.from_numpy(tasks).to(device), losses)
-
-
-def pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
-    """Rows of ints as one (B, S) int64 matrix, filled up on the right."""
-    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
-    for row, values in zip(out, rows, strict=True):
-        row[: len(values)] = values
-    return out
-
-
-# ---------------------------------------------------------------------------------------------- trees
-
-
-class Tree(NamedTuple):
-    """Token sequences with their shared beginnings stored once.
-
-    tokens, depth: (N,) nodes in an order in which a parent stands before its children; paths: for each sequence, the
-    nodes of its tokens. Two sequences [5, 6, 7] and [5, 6, 8, 9] -> tokens [5, 6, 7, 8, 9], depth [0, 1, 2, 2, 3],
-    paths [[0, 1, 2], [0, 1, 3, 4]].
-    """
-
-    tokens: np.ndarray
-    depth: np.ndarray
-    paths: list[np.ndarray]
-
-    def ancestors(self) -> np.ndarray:
-        """(N, N) bool: whether the column's node is the row's or stands above it."""
-        seen = np.zeros((len(self.tokens), len(self.tokens)), dtype=bool)
-        for path in self.paths:
-            seen[np.ix_(path, path)] |= np.tri(len(path), dtype=bool)
-        return seen
-
-
-def build_tree(sequences: list[np.ndarray]) -> Tree:
-    """The tree of some sequences; a sequence shares with its predecessor in lexicographic order all it shares at all."""
-    tokens: list[np.ndarray] = []
-    depth: list[np.ndarray] = []
-    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
-    count, before, path_before = 0, np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
-    for place in sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()):
-        sequence = sequences[place]
-        shared = common_prefix(before, sequence)
-        new = np.arange(count, count + len(sequence) - shared)
-        tokens.append(sequence[shared:])
-        depth.append(np.arange(shared, len(sequence)))
-        paths[place] = np.concatenate([path_before[:shared], new])
-        count, before, path_before = count + len(new), sequence, paths[place]
-    return Tree(np.concatenate(tokens), np.concatenate(depth), paths)
-
-
-def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    """How many leading tokens two sequences share."""
-    size = min(len(left), len(right))
-    differ = np.nonzero(left[:size] != right[:size])[0]
-    return int(differ[0]) if len(differ) else size
 
 
 # ---------------------------------------------------------------------------------------------- keys and values
@@ -376,12 +235,8 @@ class FrozenPrefix:
     def plant_trees(self) -> np.ndarray:
         """Groups the examples that have an own prefix by task and user into trees; returns each example's tree, or -1."""
         examples = self.examples
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i in np.nonzero(self.own_len > 0)[0]:
-            user = int(examples.user[i])
-            groups[(int(examples.task[i]), user if user >= 0 else -int(i) - 2)].append(int(i))
         tree_of = np.full(len(examples), -1, dtype=np.int64)
-        for members in groups.values():
+        for members in group_by_user(examples, np.nonzero(self.own_len > 0)[0], examples.task):
             for part in self.split_members(members):
                 tree = build_tree([examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in part])
                 tree_of[part] = len(self.trees)
@@ -424,39 +279,19 @@ class FrozenPrefix:
         past: Past,
         rows: Tensor | None,
         keep: bool,
-        depth_seen: list[tuple[np.ndarray, np.ndarray]] | None = None,
+        own_keys: list[OwnKeys] | None = None,
     ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Hidden states (B, S, D) of trees whose first tokens stand at position `start`, and new keys and values if kept.
 
-        past: per layer, pieces of keys and values before the trees. depth_seen: per tree, for the last piece, the
-        positions of its P entries (P,) and which of them each node reads (N, P); the pieces before are read by all.
+        past: per layer, pieces of keys and values before the trees; own_keys says how the last piece is read, where it is
+        not the same for all.
         """
-        size = max(len(tree.tokens) for tree in trees)
-        tokens = torch.from_numpy(pad([tree.tokens for tree in trees])).to(self.device)
-        positions = pad([tree.depth + start for tree in trees])
-        seen = np.zeros((len(trees), size, size), dtype=bool)
-        for b, tree in enumerate(trees):
-            nodes = len(tree.tokens)
-            seen[b, :nodes, :nodes] = np.tri(nodes, dtype=bool) if len(tree.paths) == 1 else tree.ancestors()
-        seen[:, np.arange(size), np.arange(size)] = True  # padding reads itself, so that no softmax is empty
-        known = known_tokens(past)
-        visible = np.ones((len(trees), size, known + size), dtype=bool)
-        visible[:, :, known:] = seen
-        key_positions = np.zeros((len(trees), known + size), dtype=np.int64)
-        key_positions[:, known:] = positions
-        if known:
-            own = 0 if depth_seen is None else max(len(places) for places, _ in depth_seen)
-            key_positions[:, : known - own] = np.arange(known - own)
-            if depth_seen is not None:
-                visible[:, :, known - own : known] = False
-                for b, (places, reads) in enumerate(depth_seen):
-                    visible[b, : len(reads), known - own : known - own + len(places)] = reads
-                    key_positions[b, known - own : known - own + len(places)] = places
+        layout = lay_out(trees, start=start, known=known_tokens(past), own_keys=own_keys)
         cache = KnownKeys(past, keep=keep)
         output = self.model.base_model(
-            inputs_embeds=self.embed(tokens, rows),
-            attention_mask=self.masks(visible, positions, key_positions),
-            position_ids=torch.from_numpy(positions).to(self.device),
+            inputs_embeds=self.embed(torch.from_numpy(layout.tokens).to(self.device), rows),
+            attention_mask=layout.masks(self.window, self.dtype, self.device),
+            position_ids=torch.from_numpy(layout.positions).to(self.device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -473,19 +308,6 @@ class FrozenPrefix:
         if self.scale is not None:
             trained = trained * self.scale
         return torch.where((place >= 0).unsqueeze(-1), trained, frozen)
-
-    def masks(self, visible: np.ndarray, positions: np.ndarray, key_positions: np.ndarray) -> Tensor | dict[str, Tensor]:
-        """Additive masks (B, 1, S, P + S), one per kind of layer where a model has both kinds."""
-        kinds = self.window.kinds
-        masks = {}
-        for kind in kinds:
-            seen = visible
-            if kind == "sliding_attention":
-                seen = visible & (positions[:, :, None] - key_positions[:, None, :] < self.window.size)
-            allowed = torch.from_numpy(seen).to(self.device).unsqueeze(1)
-            mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-            masks[kind] = mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
-        return masks if len(kinds) > 1 else masks[kinds[0]]
 
     # ---- static labels
 
@@ -679,7 +501,7 @@ class FrozenPrefix:
                 nodes, seen = static
                 known = self.tree_keys[int(self.tree_of[group[0]])]
                 keys.append(known.keys[torch.from_numpy(nodes)])
-                reads.append((known.depth[nodes] + len(self.templates[task]), seen))
+                reads.append(OwnKeys(known.depth[nodes] + len(self.templates[task]), seen))
             for i, path in zip(group, tree.paths, strict=True):
                 first = max(int(examples.prompt_len[i]) - 1, int(self.static_end[i]))  # first predicting position here
                 places.append((len(trees), path[len(path) - (int(examples.length[i]) - 1 - first) :]))
@@ -691,7 +513,7 @@ class FrozenPrefix:
             own = self.stack_keys(keys)
             past = [[*pieces, piece] for pieces, piece in zip(past or [[]] * len(own), own, strict=True)]
         hidden, _ = self.run_trees(
-            trees, start=len(self.templates[task]), past=past, rows=rows, keep=False, depth_seen=reads or None
+            trees, start=len(self.templates[task]), past=past, rows=rows, keep=False, own_keys=reads or None
         )
         flat = np.concatenate([b * hidden.shape[1] + path for b, path in places])
         hidden = hidden.flatten(0, 1)[torch.from_numpy(flat).to(self.device)]
@@ -702,13 +524,7 @@ class FrozenPrefix:
 
     def tail_groups(self, indices: np.ndarray) -> list[list[int]]:
         """The rows of a tail batch: single examples, or with `group_users` those of one user (and static tree)."""
-        if not self.group_users:
-            return [[int(i)] for i in indices]
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i in indices:
-            user = int(self.examples.user[i])
-            groups[(user if user >= 0 else -int(i) - 2, int(self.tree_of[i]))].append(int(i))
-        return list(groups.values())
+        return group_by_user(self.examples, indices, self.tree_of) if self.group_users else [[int(i)] for i in indices]
 
     def tail_tree(self, group: list[int]) -> tuple[Tree, tuple[np.ndarray, np.ndarray] | None]:
         """The tree of a group's tails, and what of its static tree it reads: nodes (P,), and which each tail node sees."""
@@ -816,20 +632,6 @@ class FrozenPrefix:
 
 
 # ---------------------------------------------------------------------------------------------- which models
-
-
-class Window(NamedTuple):
-    """The kinds of attention layers of a model, and the size in tokens of its sliding window."""
-
-    kinds: list[str]
-    size: int
-
-
-def sliding_window(model: PreTrainedModel) -> Window:
-    config = model.config.get_text_config()
-    size = getattr(config, "sliding_window", None)
-    kinds = sorted(set(getattr(config, "layer_types", None) or ["sliding_attention" if size else "full_attention"]))
-    return Window(kinds, size or 0)
 
 
 def key_bytes(model: PreTrainedModel) -> int:

@@ -23,7 +23,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
 from data import TASKS, InputError
-from frozen_prefix import Examples, FrozenPrefix, Part, PlainForward, disagreement, why_not_exact
+from frozen_prefix import FrozenPrefix, disagreement, why_not_exact
+from plain_forward import Examples, Part, PlainForward
 from sid_rows import ROWS_FILE, SidRowAdamW, SidRows
 
 logger = logging.getLogger("sft.trainer")
@@ -141,27 +142,30 @@ class SidTrainer(Trainer):
             group_users=group_users,
         )
         options = {"cache_bytes": cache_bytes, "cache_folder": cache_folder, "group_users": group_users}
-        self.forward = self.choose_forward(examples, wanted=frozen_prefix and rows is not None, options=options)
+        self.forward = self.choose_forward(examples, frozen_prefix=frozen_prefix and rows is not None, options=options)
         self.eval_forward = None
         if self.eval_dataset is not None:
-            self.eval_forward = self.new_forward(Examples(self.eval_dataset), type(self.forward), {})
+            evaluated = Examples(self.eval_dataset)
+            if isinstance(self.forward, FrozenPrefix):
+                self.eval_forward = FrozenPrefix(self.model, rows, evaluated, micro_batch_size)
+            else:
+                self.eval_forward = PlainForward(self.model, evaluated, micro_batch_size)
         self.reset_task_sums()
         self.tokens_seen, self.train_s = 0, 0.0
 
     # ---- the forward
 
-    def new_forward(self, examples: Examples, kind: type, options: dict) -> PlainForward | FrozenPrefix:
-        if kind is FrozenPrefix:
-            return FrozenPrefix(self.model, self.rows, examples, self.micro_batch_size, **options)
-        return PlainForward(self.model, examples, self.micro_batch_size)
-
-    def choose_forward(self, examples: Examples, *, wanted: bool, options: dict) -> PlainForward | FrozenPrefix:
+    def choose_forward(self, examples: Examples, *, frozen_prefix: bool, options: dict) -> PlainForward | FrozenPrefix:
         """The frozen prefix where it is wanted and gives the plain way's loss, else the plain way with one log line."""
-        plain = PlainForward(self.model, examples, self.micro_batch_size)
-        if not wanted:
+        reason = why_not_exact(self.model)
+        grouped = options["group_users"] and not reason
+        plain = PlainForward(self.model, examples, self.micro_batch_size, group_users=grouped)
+        if options["group_users"] and reason:
+            logger.info(f"--group_users: a user's examples share no work in this model ({reason})")
+        if not frozen_prefix:
             return plain
         self.model.eval()
-        if not (reason := why_not_exact(self.model)):
+        if not reason:
             frozen = FrozenPrefix(self.model, self.rows, examples, self.micro_batch_size, **options)
             difference = disagreement(plain, frozen)
             if difference <= TOLERANCE.get(self.model.dtype, 1e-4):

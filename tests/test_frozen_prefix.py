@@ -10,17 +10,10 @@ from conftest import small_model
 
 import sft
 from data import TASKS
-from frozen_prefix import (
-    Examples,
-    FrozenPrefix,
-    LabelLoss,
-    PlainForward,
-    build_tree,
-    disagreement,
-    pad,
-    why_not_exact,
-)
+from frozen_prefix import FrozenPrefix, LabelLoss, disagreement, why_not_exact
+from plain_forward import Examples, PlainForward
 from sid_rows import SidRowAdamW, SidRows
+from token_trees import build_tree, pad
 
 ARCHITECTURES = {
     "qwen2": {"tie_word_embeddings": True},
@@ -272,6 +265,26 @@ def test_the_plain_forward_gives_hf_s_loss_per_task(kind, tokenizer, sid_tokens,
     for task in np.unique(examples.task):
         wanted = plain_recipe(model, examples, indices[examples.task[indices] == task])
         assert abs(found[int(task)] - wanted) <= 1e-5 * wanted
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "mistral", "gpt2"])
+def test_users_as_trees_give_the_plain_loss_and_gradient_in_full_fine_tuning(kind, tokenizer, sid_tokens, dataset):
+    model = small_model(kind, len(tokenizer) + 7, **ARCHITECTURES.get(kind, {})).eval()
+    examples = Examples(dataset)
+    indices = np.arange(len(examples))
+    results = []
+    for group_users in (False, True):
+        forward = PlainForward(model, examples, 4, group_users=group_users)
+        parts = forward.cut(indices)
+        assert sorted(np.concatenate([part.indices for part in parts])) == indices.tolist()
+        loss = sum(forward.nll(part.indices) for part in parts)
+        loss.sum().backward()
+        results.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    (loss, gradients), (other, others) = results
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
+    for wanted, got in zip(gradients, others, strict=True):
+        assert (got - wanted).norm() <= 2e-5 * wanted.norm() + 1e-6
 
 
 def test_a_tree_stores_what_sequences_share_once():

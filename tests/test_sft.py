@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import sft
-from frozen_prefix import Examples, Part
+from plain_forward import Examples, Part
 from trainer import StepSampler, deal
 
 

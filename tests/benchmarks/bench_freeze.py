@@ -33,7 +33,7 @@ SHAPES = {
 }
 PLAIN_MICRO = {"small": 16, "0.5b": 4}
 FREEZE = ("plain", "peft", "ours")
-FULL = ("full-plain", "full-ours")
+FULL = ("full-plain", "full-ours")  # and full-ours-users
 
 
 def say(text: str) -> None:
@@ -88,7 +88,8 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     import sft
-    from frozen_prefix import Examples, FrozenPrefix, PlainForward
+    from frozen_prefix import FrozenPrefix
+    from plain_forward import Examples, PlainForward
     from sid_rows import SidRowAdamW, SidRows
     from trainer import StepSampler
 
@@ -123,7 +124,7 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
         loss = model(**{key: torch.from_numpy(value).to(device) for key, value in batch.items()}, use_cache=False).loss
         return loss * int((labels[:, 1:] != -100).sum())
 
-    rows, ours = None, "ours" in name
+    rows, ours, grouped = None, "ours" in name, name.endswith("users")
     if name == "peft":
         import peft
 
@@ -139,9 +140,9 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
     def make_forward() -> FrozenPrefix | PlainForward:
-        if name == "full-ours":
-            return PlainForward(model, examples, micro)
-        return FrozenPrefix(model, rows, examples, micro, cache_bytes=2 * 10**9, group_users=name == "ours-users")
+        if name.startswith("full"):
+            return PlainForward(model, examples, micro, group_users=grouped)
+        return FrozenPrefix(model, rows, examples, micro, cache_bytes=2 * 10**9, group_users=grouped)
 
     def parts_of(step: list[int]) -> list[np.ndarray]:
         if ours:
@@ -259,7 +260,9 @@ def main() -> None:
         return
     import datasets
 
-    names = FULL if options.full else FREEZE + ("ours-users",) * options.users
+    names = FULL if options.full else FREEZE
+    if options.users:
+        names += (f"{names[-1]}-users",)
     say(f"{machine()}; {' '.join(sys.argv)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -300,10 +303,10 @@ def main() -> None:
         "examples": options.examples,
         "shape": options.shape,
     }
+    if options.users:
+        summary["ratio_epoch1_users"] = round(epoch_s(names[0]) / epoch_s(names[-1]), 2)
+        summary["ratio_later_users"] = round(epoch_s(names[0]) / epoch_s(names[-1], later=True), 2)
     if not options.full:
-        if options.users:
-            summary["ratio_epoch1_users"] = round(epoch_s("plain") / epoch_s("ours-users"), 2)
-            summary["ratio_later_users"] = round(epoch_s("plain") / epoch_s("ours-users", later=True), 2)
         summary["shares"] = {key: round(value, 3) for key, value in runs["ours"][0]["shares"].items()}
         say("\nshares of tokens: " + ", ".join(f"{key} {value}" for key, value in summary["shares"].items()))
     say(json.dumps(summary))

@@ -1,0 +1,146 @@
+"""The plain way to the loss: whole sequences through the model, with gradients, logits only where a label stands.
+
+Full fine-tuning goes this way, and freeze mode where the frozen prefix is not wanted or not exact.
+
+Shapes: B examples, S tokens of a batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from data import TASKS
+from token_trees import Tree, build_tree, group_by_user, lay_out, pad, sliding_window
+
+
+class Examples:
+    """A tokenized dataset as arrays, one entry per example; token ids stay memory-mapped."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        columns = dataset.data.table if hasattr(dataset.data, "table") else dataset.data
+        self.length, self.prompt_len, self.static_len, self.task, self.user = (
+            columns.column(name).to_numpy() for name in ("length", "prompt_len", "static_len", "task", "user")
+        )
+        chunks = columns.column("input_ids").chunks
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in chunks]
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def ids(self, i: int) -> np.ndarray:
+        """Token ids of example i: prompt, answer, end token."""
+        chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
+        offsets, values = self._chunks[chunk]
+        place = i - self._starts[chunk]
+        return values[offsets[place] : offsets[place + 1]]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Supervised tokens of each example."""
+        return self.length - self.prompt_len
+
+
+class Part(NamedTuple):
+    """One micro-batch of a step: its examples, roughly what it costs, and the process that must take it, if one must."""
+
+    indices: np.ndarray
+    cost: float
+    owner: int | None
+
+
+def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What some architectures do to the head's output: a scale, then a soft-cap. In float32, as the loss wants them."""
+    config = model.config.get_text_config()
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+class PlainForward:
+    """Whole sequences with gradients; logits only where a label stands.
+
+    With `group_users` the examples of one user and task that fall into a step are one tree, in which what they share is run
+    once (only for models in which a tree is exact: see frozen_prefix.why_not_exact).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, examples: Examples, micro_batch_size: int, *, group_users: bool = False
+    ) -> None:
+        self.model, self.examples, self.micro_batch_size = model, examples, micro_batch_size
+        self.group_users = group_users
+
+    def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
+        """The examples of a step as micro-batches, sorted by length so that little is padding."""
+        if self.group_users:
+            return self.tree_parts(indices)
+        ordered = indices[np.argsort(self.examples.length[indices], kind="stable")]
+        parts = [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
+        return [Part(part, float(len(part) * self.examples.length[part].max()), None) for part in parts]
+
+    def tree_parts(self, indices: np.ndarray) -> list[Part]:
+        """The examples of a step in users' trees, cut so that a micro-batch has no more tokens than one of long examples."""
+        bound = self.micro_batch_size * int(self.examples.length.max())
+        groups = group_by_user(self.examples, indices, self.examples.task)
+        sizes = [len(self.tree(group).tokens) for group in groups]
+        parts: list[list[int]] = [[]]
+        rows = 0
+        for g in sorted(range(len(groups)), key=lambda g: (sizes[g], groups[g])):
+            if parts[-1] and (rows + 1) * sizes[g] > bound:
+                parts.append([])
+                rows = 0
+            parts[-1] += groups[g]
+            rows += 1
+        return [Part(np.array(part), float(self.examples.length[part].sum()), None) for part in parts]
+
+    def tree(self, group: list[int]) -> Tree:
+        """The tree of some examples' inputs: all but the end token, from which nothing is predicted."""
+        return build_tree([self.examples.ids(i)[:-1] for i in group])
+
+    def nll(self, indices: np.ndarray) -> Tensor:
+        """Sums of -log p over the labels of the examples, per task (len(TASKS),)."""
+        if self.group_users:
+            groups = group_by_user(self.examples, indices, self.examples.task)
+        else:
+            groups = [[int(i)] for i in indices]
+        trees = [self.tree(group) for group in groups]
+        hidden = self.hidden(trees).flatten(0, 1)
+        width = max(len(tree.tokens) for tree in trees)
+        places, targets, tasks = [], [], []
+        for b, (group, tree) in enumerate(zip(groups, trees, strict=True)):
+            for i, path in zip(group, tree.paths, strict=True):
+                first = int(self.examples.prompt_len[i]) - 1
+                places.append(b * width + path[first:])
+                targets.append(self.examples.ids(i)[first + 1 :].astype(np.int64))
+                tasks.append(np.full(len(path) - first, self.examples.task[i], dtype=np.int64))
+        place, target, task = (torch.from_numpy(np.concatenate(part)).to(hidden.device) for part in (places, targets, tasks))
+        logits = finish_logits(self.model, self.model.get_output_embeddings()(hidden[place]))
+        losses = F.cross_entropy(logits, target, reduction="none")
+        return losses.new_zeros(len(TASKS)).index_add(0, task, losses)
+
+    def hidden(self, trees: list[Tree]) -> Tensor:
+        """The last hidden states (B, S, D) of a batch of trees."""
+        device = self.model.device
+        if all(len(tree.paths) == 1 for tree in trees):
+            # Right padding needs no mask: in a causal model nothing real reads what stands behind it.
+            inputs = torch.from_numpy(pad([tree.tokens for tree in trees])).to(device)
+            return self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        layout = lay_out(trees)
+        return self.model.base_model(
+            input_ids=torch.from_numpy(layout.tokens).to(device),
+            attention_mask=layout.masks(sliding_window(self.model), self.model.dtype, device),
+            position_ids=torch.from_numpy(layout.positions).to(device),
+            use_cache=False,
+        ).last_hidden_state

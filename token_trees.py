@@ -1,0 +1,152 @@
+"""Token sequences with shared beginnings as trees, and trees as batches that any causal decoder takes.
+
+A token of a causal decoder reads what stands before it in its own sequence. Sequences that begin alike can therefore be run
+as one: each shared token once, with an attention mask that lets a token read its own ancestors, and with the position that
+it has in its own sequence.
+
+Shapes: B trees, S tokens of the largest, P tokens with known keys and values, N nodes of a tree.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from plain_forward import Examples
+
+
+def pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
+    """Rows of ints as one (B, S) int64 matrix, filled up on the right."""
+    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = values
+    return out
+
+
+class Tree(NamedTuple):
+    """Token sequences with their shared beginnings stored once.
+
+    tokens, depth: (N,) nodes in an order in which a parent stands before its children; paths: for each sequence, the
+    nodes of its tokens. Two sequences [5, 6, 7] and [5, 6, 8, 9] -> tokens [5, 6, 7, 8, 9], depth [0, 1, 2, 2, 3],
+    paths [[0, 1, 2], [0, 1, 3, 4]].
+    """
+
+    tokens: np.ndarray
+    depth: np.ndarray
+    paths: list[np.ndarray]
+
+    def ancestors(self) -> np.ndarray:
+        """(N, N) bool: whether the column's node is the row's or stands above it."""
+        seen = np.zeros((len(self.tokens), len(self.tokens)), dtype=bool)
+        for path in self.paths:
+            seen[np.ix_(path, path)] |= np.tri(len(path), dtype=bool)
+        return seen
+
+
+def build_tree(sequences: list[np.ndarray]) -> Tree:
+    """The tree of some sequences; a sequence shares with its predecessor in lexicographic order all it shares at all."""
+    tokens: list[np.ndarray] = []
+    depth: list[np.ndarray] = []
+    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
+    count, before, path_before = 0, np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
+    for place in sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()):
+        sequence = sequences[place]
+        shared = common_prefix(before, sequence)
+        new = np.arange(count, count + len(sequence) - shared)
+        tokens.append(sequence[shared:])
+        depth.append(np.arange(shared, len(sequence)))
+        paths[place] = np.concatenate([path_before[:shared], new])
+        count, before, path_before = count + len(new), sequence, paths[place]
+    return Tree(np.concatenate(tokens), np.concatenate(depth), paths)
+
+
+def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
+    """How many leading tokens two sequences share."""
+    size = min(len(left), len(right))
+    differ = np.nonzero(left[:size] != right[:size])[0]
+    return int(differ[0]) if len(differ) else size
+
+
+def group_by_user(examples: Examples, indices: np.ndarray, key: np.ndarray) -> list[list[int]]:
+    """The examples in groups of one user and one value of `key` (an entry per example); items, of no user, stay alone."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i in map(int, indices):
+        user = int(examples.user[i])
+        groups[(int(key[i]), user if user >= 0 else -i - 2)].append(i)
+    return list(groups.values())
+
+
+# ---------------------------------------------------------------------------------------------- trees as a batch
+
+
+class Window(NamedTuple):
+    """The kinds of attention layers of a model, and the size in tokens of its sliding window."""
+
+    kinds: list[str]
+    size: int
+
+
+def sliding_window(model: PreTrainedModel) -> Window:
+    config = model.config.get_text_config()
+    size = getattr(config, "sliding_window", None)
+    kinds = sorted(set(getattr(config, "layer_types", None) or ["sliding_attention" if size else "full_attention"]))
+    return Window(kinds, size or 0)
+
+
+class OwnKeys(NamedTuple):
+    """How a tree reads known keys of its own: their positions (P,), and which of them each node reads (N, P)."""
+
+    positions: np.ndarray
+    read: np.ndarray
+
+
+class Layout(NamedTuple):
+    """A batch of trees. tokens, positions (B, S); visible (B, S, P + S): what each token reads; key_positions (B, P + S)."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    visible: np.ndarray
+    key_positions: np.ndarray
+
+    def masks(self, window: Window, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
+        """Additive masks (B, 1, S, P + S), one per kind of layer where a model has several kinds."""
+        masks = {}
+        for kind in window.kinds:
+            seen = self.visible
+            if kind == "sliding_attention":
+                seen = seen & (self.positions[:, :, None] - self.key_positions[:, None, :] < window.size)
+            allowed = torch.from_numpy(seen).to(device).unsqueeze(1)
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+            masks[kind] = mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+        return masks if len(window.kinds) > 1 else masks[window.kinds[0]]
+
+
+def lay_out(trees: list[Tree], *, start: int = 0, known: int = 0, own_keys: list[OwnKeys] | None = None) -> Layout:
+    """Puts trees side by side; their roots stand at position `start`, behind `known` tokens with known keys.
+
+    The known tokens are positions 0, 1, ... that every node reads, but for the last ones where `own_keys` is given.
+    """
+    size = max(len(tree.tokens) for tree in trees)
+    own = max(len(keys.positions) for keys in own_keys) if own_keys else 0
+    positions = pad([tree.depth + start for tree in trees])
+    key_positions = np.zeros((len(trees), known + size), dtype=np.int64)
+    key_positions[:, : known - own] = np.arange(known - own)
+    key_positions[:, known:] = positions
+    visible = np.zeros((len(trees), size, known + size), dtype=bool)
+    visible[:, :, : known - own] = True
+    for b, tree in enumerate(trees):
+        nodes = len(tree.tokens)
+        among = np.tri(nodes, dtype=bool) if len(tree.paths) == 1 else tree.ancestors()
+        visible[b, :nodes, known : known + nodes] = among
+        if own_keys:
+            span = slice(known - own, known - own + len(own_keys[b].positions))
+            visible[b, :nodes, span], key_positions[b, span] = own_keys[b].read, own_keys[b].positions
+    diagonal = np.arange(size)
+    visible[:, diagonal, known + diagonal] = True  # padding reads itself, so that no softmax is empty
+    return Layout(pad([tree.tokens for tree in trees]), positions, visible, key_positions)
