@@ -141,15 +141,21 @@ OUTPUT_FLAGS = ("output", "codes_output", "ckpt_path")
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the flag that was probably meant."""
 
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse; a flag that does not exist is told before one that is missing, which may be the same one mistyped."""
+        args = sys.argv[1:] if args is None else args
+        for flag in (argument.split("=")[0] for argument in args if argument.startswith("--")):
+            if flag not in self._option_string_actions:
+                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                self.error(
+                    f"unknown flag {flag}" + (f" (did you mean {near[0]}?)" if near else f" (see {self.prog} --help)")
+                )
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line on stderr."""
-        if message.startswith("unrecognized arguments: "):
-            stray = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(stray, flags, n=1)
-            message = f"unknown flag {stray}" + (
-                f" (did you mean {near[0]}?)" if near else f" (see {self.prog} --help)"
-            )
         self.exit(2, f"{self.prog}: {message}\n")
 
 

@@ -19,7 +19,7 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
     import faiss
     import numpy as np
 
-    from rq import quantizers
+    from rq import clustering, quantizers
 
     for size in levels:
         if size & (size - 1):
@@ -34,7 +34,7 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
     trained.max_beam_size = beam
     trained.cp.seed = seed
     trained.cp.min_points_per_centroid = 1
-    trained.train(np.ascontiguousarray(sample_SD))
+    trained.train(clustering.no_fewer_rows_than_dimensions(sample_SD))
     flat_TD = faiss.vector_to_array(trained.codebooks).reshape(-1, sample_SD.shape[1])
     codebooks = [book_KD.copy() for book_KD in np.split(flat_TD, np.cumsum(levels)[:-1])]
     design = quantizers.Design("rqfaiss", sample_SD.shape[1], tuple(levels), beam=beam, seed=seed)

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.parser(
         "rqkmeans_plus", __doc__.split(",")[0], shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
     )
-    training_flags.add(parser, hidden=(512,), learning_rate=5e-4, epochs=500)
+    training_flags.add(parser, hidden=(512,), learning_rate=5e-4, epochs=200)
     rqkmeans_constrained.add_balance_flags(parser)
     flags = parser.parse_args(argv)
     if len(training_flags.sinkhorn_epsilons(flags)) != len(flags.levels):

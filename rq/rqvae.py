@@ -15,9 +15,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.parser(
         "rqvae", __doc__.split(";")[0], shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
     )
-    training_flags.add(parser, hidden=(512, 256), learning_rate=1e-3, epochs=1000)
+    training_flags.add(parser, hidden=(512,), learning_rate=2e-3, epochs=200)
     parser.add_argument(
-        "--latent", type=command_line.at_least(1), default=64, help="dimensions that are quantized (64)"
+        "--latent", type=command_line.at_least(1), default=256, help="dimensions that are quantized (256)"
     )
     flags = parser.parse_args(argv)
     epsilons = training_flags.sinkhorn_epsilons(flags)

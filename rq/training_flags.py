@@ -9,7 +9,7 @@ def add(parser: argparse.ArgumentParser, *, hidden: tuple[int, ...], learning_ra
     """Flags of rq.rqvae and rq.rqkmeans_plus, with the defaults that differ between the two."""
     add = parser.add_argument
     add("--epochs", type=at_least(1), default=epochs, help=f"passes over the items at most ({epochs})")
-    add("--batch_size", type=at_least(1), default=1024, help="items a step, all processes together (1024)")
+    add("--batch_size", type=at_least(1), default=256, help="items a step, all processes together (256)")
     add(
         "--learning_rate",
         type=at_least(0, kind=float),
