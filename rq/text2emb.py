@@ -123,7 +123,7 @@ def choose_pooling(encoder: str, config: object) -> str:
         for mode, pooling in (("lasttoken", "last"), ("cls_token", "first"), ("mean_tokens", "mean")):
             if modes.get(f"pooling_mode_{mode}"):
                 return pooling
-    causal = any(name.endswith("ForCausalLM") for name in getattr(config, "architectures", None) or ())
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or ())
     return "last" if causal or getattr(config, "is_decoder", False) else "mean"
 
 
