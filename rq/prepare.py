@@ -94,12 +94,10 @@ def read_table(
                 f"--{field}_column"
             )
         columns[field] = raw[found] if found else ""
-    log.info(
-        "%s: %s rows, %s",
-        path,
-        f"{len(raw):,}",
-        ", ".join(f"{field} from {getattr(c, 'name', None)}" for field, c in columns.items()),
+    told = ", ".join(
+        f"{field} from {column.name}" for field, column in columns.items() if isinstance(column, pd.Series)
     )
+    log.info("%s: %s rows, %s", path, f"{len(raw):,}", told)
     return pd.DataFrame(columns, index=raw.index)
 
 

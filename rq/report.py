@@ -251,7 +251,7 @@ def _draw_groups(axes: "Axes", reports: list[Report], colours: Sequence) -> None
             text += f" ({report.shared_before:,} without extra token)"
         axes.annotate(text, (0, position), va="center", fontsize=8)
     axes.set_yticks(list(at), [report.name for report in reports])
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(reports), 3) - 0.4, -0.6)  # first index on top, and a single bar no poster
     axes.set(title="items sharing their SID", xlabel="% of items", xlim=(0, max(1.0, 1.15 * max(before))))
 
 

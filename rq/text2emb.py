@@ -226,6 +226,9 @@ def write_tfidf(texts: Sequence[str], flags: argparse.Namespace) -> None:
             temporary, mode="w+", dtype=np.float32, shape=(len(texts), len(components_DV))
         )
         embed_with_tfidf(texts, rows_ND, words=words, idf_V=idf_V, components_DV=components_DV)
+        unknown = sum(bool(text) for text, row_D in zip(texts, rows_ND, strict=True) if not row_D.any())
+        if unknown:
+            log.info("%s items have text, but no word of the vocabulary: their rows are zero", f"{unknown:,}")
         if flags.normalize:
             normalise_rows(rows_ND)
         rows_ND.flush()

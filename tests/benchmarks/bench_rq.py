@@ -76,7 +76,7 @@ def heading(title: str) -> str:
     arguments = [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
     return (
         f"# {title}\n\n"
-        f"- hardware: {names[0] if names else platform.processor()}, {os.cpu_count()} cores, {memory_gb:.0f} GB, no GPU\n"
+        f"- hardware: {(names or [platform.processor()])[0]}, {os.cpu_count()} cores, {memory_gb:.0f} GB, no GPU\n"
         f"- command: `python tests/benchmarks/bench_rq.py {' '.join(arguments)}`\n"
         f"- commit: {commit.stdout.strip()}\n- date: {datetime.date.today()}\n"
     )
@@ -100,14 +100,14 @@ def million(flags: argparse.Namespace) -> str:
             lines += [f"    {line}" for line in output.splitlines()] + [""]
         output, wall_s, peak_gb = measured([sys.executable, "-c", FAISS_ALONE, str(data)])
         rows.append(
-            f"| faiss alone, beam 1: load, train, codes (no index) | {wall_s:.0f} | {peak_gb:.2f} | {output.strip()} |"
+            f"| faiss alone, beam 1: load, train, codes; no index | {wall_s:.0f} | {peak_gb:.2f} | {output.strip()} |"
         )
     finally:
         data.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
     return (
         heading(f"{flags.items:,} items x {flags.dims} dimensions, 256,256,256")
-        + "\nBoth train on 65,536 sampled rows; MSE over 65,536 evenly spread rows. Peak memory counts mapped pages.\n\n"
+        + "\nBoth train on 65,536 sampled rows; MSE over 65,536 spread rows; peak memory counts mapped pages.\n\n"
         + "| | wall time, s | peak memory, GB | MSE |\n| --- | ---: | ---: | ---: |\n"
         + "\n".join(rows)
         + "\n\nOutput of rq.rqkmeans:\n\n"
