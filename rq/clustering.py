@@ -19,6 +19,8 @@ TRAINING_ROWS_PER_CENTROID = 256
 # Above this many rows x centroids the exact flow problem of k-means-constrained takes minutes a level; Sinkhorn stays
 # quick.
 LARGEST_EXACT_PROBLEM = 1_000_000
+# Rows x centroids whose float32 distances are held at once, 1 GiB, with two or three copies; more rows are thinned out.
+LARGEST_SINKHORN_PROBLEM = 2**28
 SINKHORN_ROUNDS = 100
 DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
 
@@ -71,9 +73,10 @@ def no_fewer_rows_than_dimensions(x_ND: np.ndarray) -> np.ndarray:
 def _index_factory(device: str) -> faiss.ProgressiveDimIndexFactory:
     if not device.startswith("cuda"):
         return faiss.ProgressiveDimIndexFactory()
-    if not hasattr(faiss, "GpuProgressiveDimIndexFactory") or not faiss.get_num_gpus():
-        raise BadInput(f"--device {device}: this faiss has no GPU support; install faiss-gpu-cu12 or give --device cpu")
-    return faiss.GpuProgressiveDimIndexFactory(faiss.get_num_gpus())
+    if hasattr(faiss, "GpuProgressiveDimIndexFactory") and faiss.get_num_gpus():
+        return faiss.GpuProgressiveDimIndexFactory(faiss.get_num_gpus())
+    log.warning("this faiss has no GPU support: k-means runs on the CPU, all else on %s", device)
+    return faiss.ProgressiveDimIndexFactory()
 
 
 def nearest(x_ND: np.ndarray, centroids_KD: np.ndarray, prices_K: np.ndarray | None = None) -> np.ndarray:
@@ -121,6 +124,8 @@ def balanced_kmeans(
         centroids_KD = _constrained_centroids(x_ND, n_centroids, slack=slack, seed=seed)
         rounds = 0
     else:
+        most = max(n_centroids, LARGEST_SINKHORN_PROBLEM // n_centroids)
+        x_ND = x_ND[np.linspace(0, len(x_ND) - 1, min(most, len(x_ND))).astype(np.int64)]
         centroids_KD = kmeans(x_ND, n_centroids, seed=seed, rounds=5, device=device)
     x, centroids = torch.from_numpy(x_ND).to(device), torch.from_numpy(centroids_KD).to(device)
     for _ in range(rounds):

@@ -32,9 +32,9 @@ class Embeddings:
         """Rows of one chunk."""
         return max(1, CHUNK_BYTES // (4 * self.n_dims))
 
-    def chunks(self, *, shuffle: np.random.Generator | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, float32 (R, D) copy), chunk after chunk, in order or with the chunks shuffled."""
-        starts = np.arange(0, self.n_items, self.chunk_rows)
+    def chunks(self, *, first: int = 0, shuffle: np.random.Generator | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of its first row, float32 (R, D) copy) of each chunk from row `first` on, in order or shuffled."""
+        starts = np.arange(first, self.n_items, self.chunk_rows)
         if shuffle is not None:
             shuffle.shuffle(starts)
         for start in starts.tolist():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rq import command_line
+from rq.catalogue import read_items
 from rq.command_line import BadInput, log
 from rq.whole_files import whole_file, whole_path
 
@@ -293,7 +294,6 @@ def load_codes(path: Path) -> "np.ndarray":
 
 def open_data(flags: argparse.Namespace) -> "Embeddings":
     """The embeddings at --data_path, as many rows as --item_file has items where it is given."""
-    from rq.catalogue import read_items
     from rq.embeddings import open_embeddings
 
     n_items = len(read_items(flags.item_file)) if flags.item_file else None
@@ -330,6 +330,8 @@ def run(argv: list[str] | None, *, name: str, methods: Sequence[str] | None = No
     command_line.refuse_to_overwrite(flags, outputs=("codes_output",) if flags.append else ("output", "codes_output"))
     if flags.codes_path:
         codes_NL = load_codes(flags.codes_path)
+        if flags.item_file and len(codes_NL) != len(read_items(flags.item_file)):
+            raise BadInput(f"{flags.codes_path} has {len(codes_NL):,} rows, not as many as {flags.item_file} has items")
         publish(codes_NL, flags, quantizer=None, embeddings=None)
         return
     from rq import quantizers

@@ -260,19 +260,20 @@ def sub_chunks(n_rows: int, *, width: int) -> Iterator[slice]:
 
 
 def encode(quantizer: Quantizer, embeddings: Embeddings, *, first: int = 0, progress: bool = False) -> np.ndarray:
-    """int32 (N - first, L) codes of the rows from `first` on, chunk by chunk."""
+    """int32 (M, L) codes of the M rows from `first` on, chunk by chunk."""
     from tqdm import tqdm
 
     quantizer.eval()
     width = quantizer.residual.beam * max(quantizer.design.levels)
-    codes_NL = np.empty((len(embeddings), len(quantizer.design.levels)), np.int32)
-    with tqdm(total=len(embeddings), desc="assign codes", unit=" items", disable=None if progress else True) as bar:
-        for start, chunk_RD in embeddings.chunks():
+    codes_ML = np.empty((len(embeddings) - first, len(quantizer.design.levels)), np.int32)
+    with tqdm(total=len(codes_ML), desc="assign codes", unit=" items", disable=None if progress else True) as bar:
+        for start, chunk_RD in embeddings.chunks(first=first):
             for part in sub_chunks(len(chunk_RD), width=width):
-                rows = slice(start + part.start, min(start + part.stop, start + len(chunk_RD)))
-                codes_NL[rows] = quantizer.codes(chunk_RD[part])
+                part_RD = chunk_RD[part]
+                at = start - first + part.start
+                codes_ML[at : at + len(part_RD)] = quantizer.codes(part_RD)
             bar.update(len(chunk_RD))
-    return codes_NL[first:]
+    return codes_ML
 
 
 def squared_error(quantizer: Quantizer, x_RD: np.ndarray, codes_RL: np.ndarray) -> list[float]:

@@ -1,6 +1,9 @@
 """Texts to rows: what is read, how it is pooled, and that new items are embedded like the old ones."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +152,24 @@ def test_an_encoder_that_is_not_there_is_one_line(item_file, tmp_path):
 def test_the_default_name_is_the_one_users_know(tmp_path):
     assert text2emb.default_output(tmp_path / "X.item.json", "org/Qwen3-4B") == tmp_path / "X.emb-Qwen3-4B-td.npy"
     assert text2emb.default_output(tmp_path / "X.item.json", "tfidf") == tmp_path / "X.emb-tfidf-td.npy"
+
+
+def test_two_processes_write_the_rows_one_would(item_file, tmp_path):
+    """As with several GPUs, here on the CPU: each process embeds half of the items into the one file."""
+    folder = encoder_folder(tmp_path, causal=True)
+    alone = embed(item_file, tmp_path / "E.npy", "--encoder", folder, "--normalize")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rq.text2emb"]
+    command += ["--device", "cpu", "--item_file", str(item_file), "--encoder", str(folder), "--normalize"]
+    result = subprocess.run(
+        [*command, "--output", str(tmp_path / "F.npy")],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    np.testing.assert_allclose(np.load(tmp_path / "F.npy"), alone, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.glob("*.npy*")) == ["E.npy", "F.npy"]
+    assert result.stdout.count("last pooling") == 1
