@@ -21,8 +21,8 @@ def check_ids(ids: Sequence[str], *, where: str) -> None:
     missing = next((number for number in range(len(numbers)) if number not in numbers), None)
     if missing is not None:
         raise BadInput(
-            f"{where}: item ids have a gap: {missing} is missing of {len(numbers)} ids up to {max(numbers)}; number "
-            f"the items 0..N-1"
+            f"{where}: item ids have a gap: {missing} is missing of {len(numbers)} ids up to {max(numbers)}; "
+            "number the items 0..N-1"
         )
 
 

@@ -1,8 +1,7 @@
 """One level of clusters: k-means by faiss, and k-means whose clusters are of about equal size.
 
-N rows, K centroids, D dimensions; cost_NK is the squared distance. A price per centroid turns nearest-centroid into
-balanced
-assignment: argmin over k of cost_NK + price_K.
+N rows, K centroids, D dimensions; cost_NK is the squared distance. A price per centroid
+turns nearest-centroid into balanced assignment: argmin over k of cost_NK + price_K.
 """
 
 import math
@@ -26,13 +25,13 @@ DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
 
 
 def training_sample(embeddings: Embeddings, levels: tuple[int, ...], *, seed: int) -> np.ndarray:
-    """Rows (S, D) to make codebooks from: 256 for each centroid of the largest level. Stops when a level has more
-    centroids
-    than there are items, and at a row that is not finite."""
+    """Rows (S, D) to make codebooks from: 256 for each centroid of the largest level. Stops
+    when a level has more centroids than there are items, and at a row that is not finite.
+    """
     if len(embeddings) < max(levels):
         raise BadInput(
             f"{embeddings.path} has {len(embeddings):,} items, fewer than the {max(levels):,} centroids of a level; "
-            f"give smaller --levels"
+            "give smaller --levels"
         )
     sample_SD = embeddings.sample(TRAINING_ROWS_PER_CENTROID * max(levels), seed=seed)
     log.info(
@@ -49,9 +48,9 @@ def squared_distances(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> torch.T
 def kmeans(x_ND: np.ndarray, n_centroids: int, *, seed: int, rounds: int = 25, device: str = "cpu") -> np.ndarray:
     """Centroids (K, D) of faiss k-means on at most 256 K rows; on all GPUs faiss sees when `device` is one.
 
-    Clusters the first principal components first and adds the others step by step, as faiss trains its residual
-    quantizers:
-    from the second level on this ends 7 to 10 % lower in error than k-means started in all dimensions at once.
+    Clusters the first principal components first and adds the others step by
+    step, as faiss trains its residual quantizers: from the second level on this
+    ends 7 to 10 % lower in error than k-means started in all dimensions at once.
     """
     settings = faiss.ProgressiveDimClusteringParameters()
     settings.niter, settings.seed = rounds, seed
@@ -63,8 +62,8 @@ def kmeans(x_ND: np.ndarray, n_centroids: int, *, seed: int, rounds: int = 25, d
 
 
 def no_fewer_rows_than_dimensions(x_ND: np.ndarray) -> np.ndarray:
-    """The rows, all repeated equally often until faiss's principal components have enough; neither they nor means
-    change.
+    """The rows, all repeated equally often until faiss's principal
+    components have enough; neither they nor means change.
     """
     times = -(-x_ND.shape[1] // len(x_ND))
     return np.ascontiguousarray(np.tile(x_ND, (times, 1)), dtype=np.float32)
@@ -90,9 +89,9 @@ def nearest(x_ND: np.ndarray, centroids_KD: np.ndarray, prices_K: np.ndarray | N
 def sinkhorn_prices(cost_NK: torch.Tensor, *, epsilon: float, rounds: int = SINKHORN_ROUNDS) -> torch.Tensor:
     """Prices (K,) under which every centroid receives N / K of the rows, by Sinkhorn's iteration in the log domain.
 
-    `epsilon` blurs the assignment, as a share of the mean cost; sums of exponentials never leave log space, so a
-    small one
-    neither overflows nor vanishes (https://arxiv.org/abs/1306.0895; log domain: https://arxiv.org/abs/1610.06519).
+    `epsilon` blurs the assignment, as a share of the mean cost; sums of exponentials
+    never leave log space, so a small one neither overflows nor vanishes
+    (https://arxiv.org/abs/1306.0895; log domain: https://arxiv.org/abs/1610.06519).
     """
     n_rows, n_centroids = cost_NK.shape
     temperature = epsilon * cost_NK.mean().clamp_min(torch.finfo(cost_NK.dtype).tiny)
@@ -116,9 +115,8 @@ def balanced_kmeans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centroids (K, D) and prices (K,) of clusters of about N / K rows: exact for small N, Sinkhorn for large.
 
-    Exact (k-means-constrained): sizes within N / K (1 -+ slack); the prices come out of the sizes it found. Sinkhorn:
-    Lloyd's
-    rounds whose assignment is argmin(cost + price).
+    Exact (k-means-constrained): sizes within N / K (1 -+ slack); the prices come out of
+    the sizes it found. Sinkhorn: Lloyd's rounds whose assignment is argmin(cost + price).
     """
     if x_ND.shape[0] * n_centroids <= LARGEST_EXACT_PROBLEM:
         centroids_KD = _constrained_centroids(x_ND, n_centroids, slack=slack, seed=seed)

@@ -53,9 +53,8 @@ def relocate(
 ) -> tuple[list[Sid], int]:
     """Move the last code of items that share their SID with more than `capacity` to free ones, at the least total cost.
 
-    The nearest items of an overfull SID stay, after the published ones, which never move. Returns the SIDs and how
-    many items
-    found every last code under their prefix taken; those keep their codes.
+    The nearest items of an overfull SID stay, after the published ones, which never move. Returns the
+    SIDs and how many items found every last code under their prefix taken; those keep their codes.
     """
     n_levels = codes_NL.shape[1]
     taken: dict[Sid, Counter] = {}

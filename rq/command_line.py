@@ -1,5 +1,5 @@
-"""What every `python -m rq.x` has in common: its flags, its log, its one-line errors. Standard library only, so
---help is quick.
+"""What every `python -m rq.x` has in common: its flags, its log,
+its one-line errors. Standard library only, so --help is quick.
 """
 
 import argparse
@@ -159,9 +159,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parser(name: str, description: str, *, shared: Sequence[str], required: Sequence[str] = ()) -> OneLineParser:
+def parser(name: str, documentation: str, *, shared: Sequence[str], required: Sequence[str] = ()) -> OneLineParser:
     """A parser for `python -m rq.<name>` with the shared flags named in `shared`, those in `required` mandatory."""
-    made = OneLineParser(prog=f"rq.{name}", description=description, allow_abbrev=False)
+    first_paragraph = " ".join(documentation.split("\n\n")[0].split())
+    made = OneLineParser(prog=f"rq.{name}", description=first_paragraph, allow_abbrev=False)
     for flag in shared:
         made.add_argument(f"--{flag}", **SHARED_FLAGS[flag], required=flag in required)
     return made
@@ -188,8 +189,8 @@ def single_process(name: str) -> None:
     """Stop a command that uses one process (faiss spreads over cores and GPUs by itself) when several were launched."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput(
-            f"rq.{name} runs in one process, {os.environ['WORLD_SIZE']} were launched; start it with python -m "
-            f"rq.{name}"
+            f"rq.{name} runs in one process, {os.environ['WORLD_SIZE']} were launched; "
+            f"start it with python -m rq.{name}"
         )
 
 
@@ -213,8 +214,8 @@ def _log_plainly() -> None:
 
 
 def command(name: str) -> Callable[[Callable[[list[str] | None], None]], Callable[..., None]]:
-    """Decorate `main(argv)`: plain log, its time and peak memory at the end, and one line on stderr for what a user
-    can correct.
+    """Decorate `main(argv)`: plain log, its time and peak memory
+    at the end, and one line on stderr for what a user can correct.
     """
 
     def decorate(main: Callable[[list[str] | None], None]) -> Callable[..., None]:

@@ -16,8 +16,8 @@ CHUNK_BYTES = 128 * 2**20  # a chunk, its residual and its distances fit many ti
 
 @dataclass(frozen=True)
 class Embeddings:
-    """An .npy of N rows whose file is mapped anew for each chunk, since pages once touched count as memory until
-    unmapped.
+    """An .npy of N rows whose file is mapped anew for each chunk,
+    since pages once touched count as memory until unmapped.
     """
 
     path: Path
@@ -46,8 +46,8 @@ class Embeddings:
         return np.array(mapped[which], dtype=np.float32)
 
     def sample(self, size: int, *, seed: int) -> np.ndarray:
-        """Up to `size` rows (S, D) drawn without replacement, in row order; every row is checked to be finite on the
-        way.
+        """Up to `size` rows (S, D) drawn without replacement, in
+        row order; every row is checked to be finite on the way.
         """
         drawn = np.arange(self.n_items)
         if size < self.n_items:
@@ -86,7 +86,7 @@ def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path 
         raise BadInput(f"{path}: holds {shown}; expected floats of shape (N items, D dimensions)")
     if n_items is not None and len(mapped) != n_items:
         raise BadInput(
-            f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; embed that file again with "
-            f"rq.text2emb"
+            f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; "
+            "embed that file again with rq.text2emb"
         )
     return Embeddings(path, *mapped.shape)

@@ -1,5 +1,5 @@
-"""`python -m rq.generate_indices`: codes -> tokens -> collisions resolved -> `.index.json`. Owns the token format and
-the index file.
+"""`python -m rq.generate_indices`: codes -> tokens -> collisions
+resolved -> `.index.json`. Owns the token format and the index file.
 
 N items, L levels, K codes of a level, R rows of a chunk, D dimensions.
 """
@@ -109,18 +109,16 @@ def check_codes(codes_NL: "np.ndarray", levels: Sequence[int], *, where: object)
     """Stop at the first code outside its codebook."""
     if codes_NL.ndim != 2 or codes_NL.dtype.kind not in "iu" or codes_NL.shape[1] != len(levels):
         raise BadInput(
-            f"{where}: holds {codes_NL.dtype} {codes_NL.shape}; expected whole numbers of shape (N items, "
-            f"{len(levels)} levels) "
-            f"for levels {','.join(map(str, levels))}"
+            f"{where}: holds {codes_NL.dtype} {codes_NL.shape}; "
+            f"expected whole numbers of shape (N items, {len(levels)} levels) for levels {','.join(map(str, levels))}"
         )
     for level, size in enumerate(levels):
         wrong = (codes_NL[:, level] < 0) | (codes_NL[:, level] >= size)
         if wrong.any():
             item = int(wrong.argmax())
             raise BadInput(
-                f"{where}: item {item} has code {codes_NL[item, level]} at level {level + 1}, whose codebook holds "
-                f"0..{size - 1}; "
-                "codes count from 0"
+                f"{where}: item {item} has code {codes_NL[item, level]} at level {level + 1}, whose "
+                f"codebook holds 0..{size - 1}; codes count from 0"
             )
 
 
@@ -133,8 +131,8 @@ def check_published(published: dict[int, tuple[int, ...]], levels: Sequence[int]
     for item, codes in published.items():
         if not len(levels) <= len(codes) <= len(levels) + 1:
             raise BadInput(
-                f"{where}: item {item} has {len(codes)} tokens, the quantizer has {len(levels)} levels; use its own "
-                f"checkpoint"
+                f"{where}: item {item} has {len(codes)} tokens, the quantizer has {len(levels)} levels; "
+                "use its own checkpoint"
             )
         for level, (code, size) in enumerate(zip(codes, levels, strict=False)):
             if code >= size:
@@ -300,11 +298,9 @@ def open_data(flags: argparse.Namespace) -> "Embeddings":
     return open_embeddings(flags.data_path, n_items=n_items, items_from=flags.item_file)
 
 
-def run(argv: list[str] | None, *, name: str, methods: Sequence[str] | None = None) -> None:
+def run(argv: list[str] | None, *, name: str, documentation: str, methods: Sequence[str] | None = None) -> None:
     """The command behind rq.generate_indices and, for some checkpoint methods only, rq.generate_indices_plus."""
-    parser = command_line.parser(
-        name, __doc__.split(". ")[0], shared=command_line.QUANTIZER_FLAGS, required=("output",)
-    )
+    parser = command_line.parser(name, documentation, shared=command_line.QUANTIZER_FLAGS, required=("output",))
     parser.add_argument(
         "--codes_path",
         type=command_line.existing,
@@ -345,8 +341,8 @@ def run(argv: list[str] | None, *, name: str, methods: Sequence[str] | None = No
     )
     if methods and quantizer.design.method not in methods:
         raise BadInput(
-            f"{flags.ckpt_path} is of {quantizer.design.method}, rq.{name} is for {', '.join(methods)}; use "
-            f"rq.generate_indices"
+            f"{flags.ckpt_path} is of {quantizer.design.method}, rq.{name} is for {', '.join(methods)}; "
+            "use rq.generate_indices"
         )
     embeddings.check_finite()
     if flags.append:
@@ -360,7 +356,7 @@ def run(argv: list[str] | None, *, name: str, methods: Sequence[str] | None = No
 @command_line.command("generate_indices")
 def main(argv: list[str] | None = None) -> None:
     """Make or append to an index from a checkpoint or from codes."""
-    run(argv, name="generate_indices")
+    run(argv, name="generate_indices", documentation=__doc__)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from rq import command_line, generate_indices
 @command_line.command("generate_indices_plus")
 def main(argv: list[str] | None = None) -> None:
     """Make or append to an index from an RQ-KMeans+ checkpoint."""
-    generate_indices.run(argv, name="generate_indices_plus", methods=("rqkmeans_plus",))
+    generate_indices.run(argv, name="generate_indices_plus", documentation=__doc__, methods=("rqkmeans_plus",))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""`python -m rq.prepare`: interactions and item metadata -> `.item.json`, and once there is an index, the training
-CSVs.
+"""`python -m rq.prepare`: interactions and item metadata ->
+`.item.json`, and once there is an index, the training CSVs.
 
-The same command is run twice: first without --index, for the items that rq.text2emb and a quantizer make an index of;
-then
-with --index added, for the train / valid / test CSVs and the info file, whose SIDs come from it.
+The same command is run twice: first without --index, for the items that rq.text2emb and a quantizer make an
+index of; then with --index added, for the train / valid / test CSVs and the info file, whose SIDs come from it.
 """
 
 import argparse
@@ -63,8 +62,8 @@ class Window:
 def read_table(
     path: Path, fields: Sequence[str], *, names: dict[str, str | None], optional: Sequence[str] = ()
 ) -> "pd.DataFrame":
-    """The columns `fields` of a CSV, Parquet or JSON-lines file (.gz too), renamed to the field; absent optional ones
-    are ''.
+    """The columns `fields` of a CSV, Parquet or JSON-lines file
+    (.gz too), renamed to the field; absent optional ones are ''.
     """
     import pandas as pd
 
@@ -90,8 +89,8 @@ def read_table(
         if found is None and field not in optional:
             shown = ", ".join(map(str, raw.columns[:12])) or "no column"
             raise BadInput(
-                f"{path}: no column for the {field} among {shown}; expected {' or '.join(candidates)}, or name it by "
-                f"--{field}_column"
+                f"{path}: no column for the {field} among {shown}; "
+                f"expected {' or '.join(candidates)}, or name it by --{field}_column"
             )
         columns[field] = raw[found] if found else ""
     told = ", ".join(
@@ -139,8 +138,8 @@ def seconds(times: "pd.Series") -> "pd.Series":
 
 
 def catalogue(metadata: "pd.DataFrame") -> dict[str, dict[str, str]]:
-    """{raw item id: title, description, brand, categories} of the items with a title; the first row of an item
-    counts.
+    """{raw item id: title, description, brand, categories} of
+    the items with a title; the first row of an item counts.
     """
     items: dict[str, dict[str, str]] = {}
     for row in metadata.itertuples(index=False):
@@ -174,8 +173,8 @@ def _list_text(value: object) -> str:
 
 
 def filter_interactions(rows: "pd.DataFrame", *, known_items: Iterable[str], k_core: int) -> "pd.DataFrame":
-    """Rows that can be used, ordered by time; what is dropped is logged by reason. The k-core is iterated to its
-    fixed point.
+    """Rows that can be used, ordered by time; what is dropped is
+    logged by reason. The k-core is iterated to its fixed point.
     """
     import pandas as pd
 
@@ -220,8 +219,8 @@ def windows(rows: "pd.DataFrame", number_of: dict[str, int], *, max_history: int
 
 
 def split_windows(by_user: list[list[Window]], *, split: str) -> dict[str, list[Window]]:
-    """{'train', 'valid', 'test'}: 80/10/10 by the time of the target, or each user's last to test and last but one to
-    valid.
+    """{'train', 'valid', 'test'}: 80/10/10 by the time of the
+    target, or each user's last to test and last but one to valid.
     """
     if split == "global":
         ordered = sorted((window for sequence in by_user for window in sequence), key=lambda window: window.time)
@@ -254,8 +253,8 @@ def csv_row(window: Window, titles: Sequence[str], sids: Sequence[str]) -> list[
 
 
 def number_items(rows: "pd.DataFrame", ids_file: Path, *, renumber: bool, may_grow: bool) -> dict[str, int]:
-    """{raw id: number} of all items; numbers given in an earlier run stay, new items follow in the order they first
-    appear.
+    """{raw id: number} of all items; numbers given in an earlier
+    run stay, new items follow in the order they first appear.
     """
     numbers: dict[str, int] = {}
     if ids_file.exists() and not renumber:
@@ -266,9 +265,9 @@ def number_items(rows: "pd.DataFrame", ids_file: Path, *, renumber: bool, may_gr
         numbers.setdefault(raw_id, len(numbers))
     if known and len(numbers) > known and not may_grow:
         raise BadInput(
-            f"{ids_file}: {len(numbers) - known:,} items are not among its {known:,}; run once with --append to add "
-            f"them "
-            "(published ids stay), then rq.text2emb and rq.generate_indices --append; or --overwrite to number anew"
+            f"{ids_file}: {len(numbers) - known:,} items are not among its {known:,}; "
+            "run once with --append to add them (published ids stay), then rq.text2emb and "
+            "rq.generate_indices --append; or --overwrite to number anew"
         )
     return numbers
 
@@ -339,7 +338,7 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame") -> None:
 @command_line.command("prepare")
 def main(argv: list[str] | None = None) -> None:
     """Interactions and items -> `.item.json`; with --index, the CSVs and the info file."""
-    parser = command_line.parser("prepare", " ".join(__doc__.split("\n\n")[0].split()), shared=("overwrite",))
+    parser = command_line.parser("prepare", __doc__, shared=("overwrite",))
     add = parser.add_argument
     add(
         "--interactions",

@@ -80,9 +80,9 @@ class Affine(nn.Module):
 class ResidualCodebooks(nn.Module):
     """L codebooks, each quantizing what the levels before it left over.
 
-    Residuals are taken against detached codewords: the commitment of every level then reaches the encoder (Lee et al.
-    2022,
-    https://arxiv.org/abs/2203.01941). Subtracting a straight-through codeword instead would cancel it beyond level one.
+    Residuals are taken against detached codewords: the commitment of every level
+    then reaches the encoder (Lee et al. 2022, https://arxiv.org/abs/2203.01941).
+    Subtracting a straight-through codeword instead would cancel it beyond level one.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class ResidualCodebooks(nn.Module):
 
     @torch.no_grad()
     def revive_dead_codes(self, latent_NZ: torch.Tensor, *, generator: torch.Generator) -> list[torch.Tensor]:
-        """Move every code unused since the last call onto a random residual of `latent_NZ`; returns the codes moved,
-        by level.
+        """Move every code unused since the last call onto a random
+        residual of `latent_NZ`; returns the codes moved, by level.
 
         The restart of unused codes of Jukebox (https://arxiv.org/abs/2005.00341) and SoundStream
         (https://arxiv.org/abs/2107.03312).

@@ -1,5 +1,5 @@
-"""`python -m rq.report A.index.json B.index.json ..`: what indexes are like, side by side: a table, and a picture
-with --output.
+"""`python -m rq.report A.index.json B.index.json ..`: what indexes
+are like, side by side: a table, and a picture with --output.
 
 Works on any index, also one made elsewhere. With --data_path it adds how well the codes tell the embeddings apart; with
 --ckpt_path also the quantizer's own reconstruction error.
@@ -82,8 +82,8 @@ def gini(uses_K: "np.ndarray") -> float:
 
 
 def level_use(codes_N: "np.ndarray", size: int | None) -> Level:
-    """The use of a level by the items that have it; without a known size, the codebook is taken to end at the largest
-    code.
+    """The use of a level by the items that have it; without a
+    known size, the codebook is taken to end at the largest code.
     """
     import numpy as np
 
@@ -104,8 +104,8 @@ def describe(name: str, index: dict[int, tuple[int, ...]], *, sizes: tuple[int, 
         size = sizes[depth] if sizes and depth < len(sizes) else None
         if size and codes_N.max() >= size:
             raise BadInput(
-                f"{name}: code {codes_N.max()} at level {depth + 1}, whose codebook holds 0..{size - 1}; give its "
-                f"own --levels"
+                f"{name}: code {codes_N.max()} at level {depth + 1}, whose codebook holds 0..{size - 1}; "
+                "give its own --levels"
             )
         levels.append(level_use(codes_N, size))
     shared, shared_before = (sum(n for n in counts.values() if n > 1) for counts in (groups, before))
@@ -280,8 +280,8 @@ def _draw_perplexity(axes: "Axes", reports: list[Report], colours: Sequence) -> 
 
 
 def _draw_errors(axes: "Axes", reports: list[Report], colours: Sequence) -> None:
-    """Share of the variance left after each level: the quantizer's own, dashed where codewords were refitted to the
-    codes.
+    """Share of the variance left after each level: the quantizer's
+    own, dashed where codewords were refitted to the codes.
     """
     drawn = False
     for number, report in enumerate(reports):
@@ -321,7 +321,7 @@ def short_names(paths: list[Path]) -> list[str]:
 @command_line.command("report")
 def main(argv: list[str] | None = None) -> None:
     """Indexes -> a table in the log and in --table, a picture in --output."""
-    parser = command_line.parser("report", __doc__.split(": ")[0], shared=("data_path", "output", "overwrite"))
+    parser = command_line.parser("report", __doc__, shared=("data_path", "output", "overwrite"))
     parser.add_argument("index", nargs="+", type=command_line.existing, metavar="X.index.json")
     parser.add_argument(
         "--levels",

@@ -24,8 +24,8 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
     for size in levels:
         if size & (size - 1):
             raise BadInput(
-                f"--levels {','.join(map(str, levels))}: faiss takes powers of two only, {size} is none; use "
-                f"rq.rqkmeans"
+                f"--levels {','.join(map(str, levels))}: faiss takes powers of two only, {size} is none; "
+                "use rq.rqkmeans"
             )
     n_bits = faiss.UInt64Vector()
     for size in levels:
@@ -45,7 +45,7 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> faiss's residual codebooks -> index."""
     parser = command_line.parser(
-        "rqfaiss", __doc__.split("\n")[0], shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
+        "rqfaiss", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
     )
     parser.add_argument("--beam", type=command_line.at_least(1), default=5, help="partial codes kept at each level (5)")
     flags = parser.parse_args(argv)

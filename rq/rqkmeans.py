@@ -1,8 +1,8 @@
-"""`python -m rq.rqkmeans`: residual quantization by k-means (faiss), level after level; the index in one pass over
-the data.
+"""`python -m rq.rqkmeans`: residual quantization by k-means
+(faiss), level after level; the index in one pass over the data.
 
-The codebooks come from a sample of 256 rows per centroid of the largest level, as in faiss; every item is then
-assigned.
+The codebooks come from a sample of 256 rows per centroid of
+the largest level, as in faiss; every item is then assigned.
 N items, S sampled rows, L levels, D dimensions.
 """
 
@@ -37,7 +37,7 @@ def fit(
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> codebooks -> index."""
     parser = command_line.parser(
-        "rqkmeans", __doc__.split(";")[0], shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
+        "rqkmeans", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
     )
     parser.add_argument("--rounds", type=command_line.at_least(1), default=25, help="k-means iterations a level (25)")
     flags = parser.parse_args(argv)

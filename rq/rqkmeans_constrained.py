@@ -1,9 +1,9 @@
-"""`python -m rq.rqkmeans_constrained`: residual k-means with clusters of about equal size, so every code is used
-about equally.
+"""`python -m rq.rqkmeans_constrained`: residual k-means with
+clusters of about equal size, so every code is used about equally.
 
-Small catalogues: the exact flow problem of k-means-constrained. Large ones: Sinkhorn in the log domain. Either way
-the balance
-is kept as one price per centroid, in the checkpoint, so new items are assigned by the rule the old ones were.
+Small catalogues: the exact flow problem of k-means-constrained. Large ones: Sinkhorn
+in the log domain. Either way the balance is kept as one price per centroid, in the
+checkpoint, so new items are assigned by the rule the old ones were.
 S sampled rows, L levels, D dimensions.
 """
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     """Embeddings -> balanced codebooks -> index."""
     parser = command_line.parser(
         "rqkmeans_constrained",
-        __doc__.split(",")[0],
+        __doc__,
         shared=command_line.QUANTIZER_FLAGS,
         required=("data_path", "output"),
     )

@@ -1,9 +1,8 @@
-"""`python -m rq.rqkmeans_plus`: RQ-KMeans+, codebooks of balanced residual k-means trained on with an encoder x +
-MLP(x).
+"""`python -m rq.rqkmeans_plus`: RQ-KMeans+, codebooks of
+balanced residual k-means trained on with an encoder x + MLP(x).
 
-Both networks start as the identity (GPR, https://arxiv.org/abs/2511.10138), so training starts from balanced
-RQ-KMeans exactly
-and keeps the best it meets.
+Both networks start as the identity (GPR, https://arxiv.org/abs/2511.10138), so
+training starts from balanced RQ-KMeans exactly and keeps the best it meets.
 """
 
 from typing import TYPE_CHECKING
@@ -54,11 +53,11 @@ def warm_start(sample_SD: "np.ndarray", flags: "argparse.Namespace") -> "Quantiz
 
 @command_line.command("rqkmeans_plus")
 def main(argv: list[str] | None = None) -> None:
-    """Embeddings -> balanced codebooks -> trained further -> index; several GPUs with `accelerate launch -m
-    rq.rqkmeans_plus ..`.
+    """Embeddings -> balanced codebooks -> trained further -> index;
+    several GPUs with `accelerate launch -m rq.rqkmeans_plus ..`.
     """
     parser = command_line.parser(
-        "rqkmeans_plus", __doc__.split(",")[0], shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
+        "rqkmeans_plus", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
     )
     training_flags.add(parser, hidden=(512,), learning_rate=5e-4, epochs=200)
     rqkmeans_constrained.add_balance_flags(parser)

@@ -1,8 +1,7 @@
 """`python -m rq.text2emb`: the texts of `.item.json` -> embeddings in one .npy, row i for item i.
 
-`--encoder tfidf` needs no download: TF-IDF and truncated SVD, fitted on these items and saved beside the output, so
-that new
-items can be embedded alike later. Any other encoder is a Hugging Face name or folder.
+`--encoder tfidf` needs no download: TF-IDF and truncated SVD, fitted on these items and saved beside the
+output, so that new items can be embedded alike later. Any other encoder is a Hugging Face name or folder.
 N items, B items of a batch, T tokens, D dimensions, V words.
 """
 
@@ -285,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     """Items -> texts -> embeddings; several GPUs with `accelerate launch -m rq.text2emb ..`."""
     parser = command_line.parser(
         "text2emb",
-        __doc__.split("\n")[0],
+        __doc__,
         shared=("item_file", "output", "seed", "device", "overwrite"),
         required=("item_file",),
     )

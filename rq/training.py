@@ -26,8 +26,8 @@ WARMUP_STEPS = 100
 
 @dataclass(frozen=True)
 class Measure:
-    """How good a quantizer is on the sample: error is the share of variance left, collisions the share of items above
-    distinct SIDs.
+    """How good a quantizer is on the sample: error is the share of
+    variance left, collisions the share of items above distinct SIDs.
     """
 
     error: float
@@ -35,8 +35,8 @@ class Measure:
 
 
 def initialise(quantizer: Quantizer, sample_SD: np.ndarray, *, seed: int) -> None:
-    """Standardise the input and place the codebooks by k-means of what the encoder makes of the sample, once and for
-    all.
+    """Standardise the input and place the codebooks by k-means
+    of what the encoder makes of the sample, once and for all.
 
     Does nothing to a quantizer that was initialised before: the flag is a buffer and comes back with its checkpoint.
     """
@@ -74,8 +74,8 @@ def measure(quantizer: Quantizer, sample_SD: np.ndarray) -> Measure:
 def batches(
     embeddings: Embeddings, size: int, *, rng: np.random.Generator, rank: int, world: int
 ) -> Iterator[np.ndarray]:
-    """One epoch of shuffled batches, this process's share of each: chunks in random order, rows shuffled within a
-    chunk.
+    """One epoch of shuffled batches, this process's share of
+    each: chunks in random order, rows shuffled within a chunk.
     """
     for _, chunk_RD in embeddings.chunks(shuffle=rng):
         order_R = rng.permutation(len(chunk_RD))
@@ -86,8 +86,8 @@ def batches(
 
 
 def train(quantizer: Quantizer, embeddings: Embeddings, sample_SD: np.ndarray, flags: argparse.Namespace) -> Quantizer:
-    """Train until neither error nor collisions of the sample improve; returns the best quantizer met, in every
-    process.
+    """Train until neither error nor collisions of the sample
+    improve; returns the best quantizer met, in every process.
     """
     accelerator = Accelerator(
         cpu=flags.device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
@@ -119,8 +119,8 @@ def train(quantizer: Quantizer, embeddings: Embeddings, sample_SD: np.ndarray, f
                 optimizer.step()
                 if not torch.isfinite(loss):
                     raise BadInput(
-                        f"epoch {epoch}: the loss is {loss.item()}; give a smaller --learning_rate than "
-                        f"{flags.learning_rate}"
+                        f"epoch {epoch}: the loss is {loss.item()}; "
+                        f"give a smaller --learning_rate than {flags.learning_rate}"
                     )
             bar.update()
             if epoch % flags.eval_every and epoch != flags.epochs:
@@ -132,9 +132,8 @@ def train(quantizer: Quantizer, embeddings: Embeddings, sample_SD: np.ndarray, f
                 best = now
                 best_state = {name: tensor.detach().cpu().clone() for name, tensor in quantizer.state_dict().items()}
                 save_best(quantizer, flags.ckpt_path, is_main=accelerator.is_main_process)
-            improved = now.error < lowest.error * (1 - LEAST_GAIN) or now.collisions < lowest.collisions * (
-                1 - LEAST_GAIN
-            )
+            enough = 1 - LEAST_GAIN
+            improved = now.error < enough * lowest.error or now.collisions < enough * lowest.collisions
             lowest = Measure(min(now.error, lowest.error), min(now.collisions, lowest.collisions))
             stale = 0 if improved else stale + 1
             if flags.patience and stale >= flags.patience:
@@ -176,20 +175,19 @@ def revive(
         latent_SZ = quantizer.encoder(torch.from_numpy(sample_SD[rows]).to(accelerator.device))
     moved = quantizer.residual.revive_dead_codes(latent_SZ, generator=generator)
     for codes, codebook_KZ in zip(moved, quantizer.residual.codebooks, strict=True):
-        codebook_KZ.data = broadcast(codebook_KZ.data)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            optimizer.state.get(codebook_KZ, {}).get(moment, codebook_KZ.detach().clone())[codes] = 0
+        codebook_KZ.data.copy_(broadcast(codebook_KZ.data))
+        for moment in optimizer.state[codebook_KZ].values():
+            if moment.shape == codebook_KZ.shape:
+                moment[codes] = 0
 
 
 def resume(flags: argparse.Namespace, *, method: str, n_dims: int) -> Quantizer:
-    """The quantizer of --resume_from_checkpoint, refused when it is of another method or other levels than the
-    flags.
-    """
+    """The quantizer of --resume_from_checkpoint, refused when its method or levels are not those of this run."""
     quantizer = quantizers.load_checkpoint(flags.resume_from_checkpoint, n_dims=n_dims, data_path=flags.data_path)
     if quantizer.design.method != method or quantizer.design.levels != flags.levels:
         raise BadInput(
-            f"{flags.resume_from_checkpoint}: a {quantizer.design.method} of levels "
-            f"{','.join(map(str, quantizer.design.levels))}, "
+            f"{flags.resume_from_checkpoint}: "
+            f"a {quantizer.design.method} of levels {','.join(map(str, quantizer.design.levels))}, "
             f"this run is {method} of {','.join(map(str, flags.levels))}"
         )
     return quantizer

@@ -10,8 +10,8 @@ from typing import IO
 
 @contextlib.contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; what was written there becomes `path` if the block ends well, and vanishes if it does
-    not.
+    """Yield a temporary path; what was written there becomes
+    `path` if the block ends well, and vanishes if it does not.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

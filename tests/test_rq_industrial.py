@@ -1,5 +1,5 @@
-"""The real Industrial items, where they lie beside the checkout: from `.item.json` alone to an index, and the shipped
-index.
+"""The real Industrial items, where they lie beside the checkout:
+from `.item.json` alone to an index, and the shipped index.
 """
 
 import json
