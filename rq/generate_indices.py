@@ -257,7 +257,7 @@ def append(flags: argparse.Namespace, *, quantizer: "Quantizer", embeddings: "Em
     )
     if flags.collisions != "keep":
         shared = sum(n - 1 for n in Counter([*published.values(), *sids]).values())
-        log.info("collisions (%s): %s items more than SIDs, old and new together", flags.collisions, f"{shared:,}")
+        log.info("collisions (%s): %s items share their SID with an earlier one", flags.collisions, f"{shared:,}")
     append_to_index(flags.output, sids, first_item=first)
     log.info("appended %s items to the %s of %s, which are unchanged", f"{len(sids):,}", f"{first:,}", flags.output)
 

@@ -4,6 +4,7 @@ N items, S sampled rows, R rows of a chunk, L levels, D dimensions.
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +94,15 @@ def train(quantizer: Quantizer, embeddings: Embeddings, sample_SD: np.ndarray, f
         cpu=flags.device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
     model = accelerator.prepare(quantizer.to(accelerator.device).train())
-    # fused on CPU and GPU alike; no weight decay: it would pull unused codes to zero
+    # no weight decay: it would pull unused codes to zero
     optimizer = torch.optim.AdamW(quantizer.parameters(), lr=flags.learning_rate, weight_decay=0.0)
     rng, generator = np.random.default_rng(flags.seed), torch.Generator().manual_seed(flags.seed)
-    best = measure(quantizer, sample_SD)
+    start = measure(quantizer, sample_SD)
+    # A random encoder collides little and reconstructs nothing: it must not win by --keep_best collisions.
+    best = Measure(math.inf, math.inf) if quantizer.design.method == "rqvae" else start
     best_state = {name: tensor.detach().cpu().clone() for name, tensor in quantizer.state_dict().items()}
-    lowest, stale, step = best, 0, 0
-    log.info("before training: %.4f of the variance left, %.2f %% collisions", best.error, 100 * best.collisions)
+    lowest, stale, step = start, 0, 0
+    log.info("before training: %.4f of the variance left, %.2f %% collisions", start.error, 100 * start.collisions)
     with tqdm(
         total=flags.epochs, desc="train", unit=" epochs", disable=None if accelerator.is_main_process else True
     ) as bar:

@@ -268,6 +268,22 @@ def test_training_stops_early_and_returns_the_best(data_path, clustered, tmp_pat
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in quantizer.state_dict().items())
 
 
+def test_fewest_collisions_never_means_the_untrained_encoder(data_path, clustered, tmp_path, monkeypatch):
+    measured = iter([training.Measure(*pair) for pair in [(1.0, 0.1), (0.5, 0.4), (0.4, 0.3), (0.3, 0.5)]])
+    states = []
+
+    def measure(quantizer: Quantizer, _: np.ndarray) -> training.Measure:
+        states.append({name: tensor.clone() for name, tensor in quantizer.state_dict().items()})
+        return next(measured)
+
+    monkeypatch.setattr(training, "measure", measure)
+    quantizer = Quantizer(Design("rqvae", 16, (8, 8), latent=4, hidden=(12,)))
+    training.initialise(quantizer, clustered, seed=0)
+    flags = flags_of(tmp_path, epochs=3, keep_best="collisions", revive_until=0)
+    training.train(quantizer, embeddings.open_embeddings(data_path), clustered, flags)
+    assert all(torch.equal(tensor, states[2][name]) for name, tensor in quantizer.state_dict().items())
+
+
 def test_rqkmeans_plus_starts_as_balanced_rqkmeans_exactly_and_ends_below_rqkmeans(data_path, clustered, tmp_path):
     flags = flags_of(
         tmp_path,
