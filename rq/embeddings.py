@@ -12,6 +12,7 @@ import numpy as np
 from rq.command_line import BadInput
 
 CHUNK_BYTES = 128 * 2**20  # a chunk, its residual and its distances fit many times into the 6 GB promised
+SCATTERED_ROWS = 2_048  # touching one row maps the 64 KiB around it: 128 MiB at most for so many
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,17 @@ class Embeddings:
             yield start, self.rows(slice(start, min(start + self.chunk_rows, self.n_items)))
 
     def rows(self, which: slice | np.ndarray) -> np.ndarray:
-        """A float32 copy of some rows; the mapping ends with the call."""
-        mapped = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return np.array(mapped[which], dtype=np.float32)
+        """A float32 copy of some rows; no mapping outlives the call, nor spans more than a few scattered rows."""
+        if isinstance(which, slice):
+            return np.array(self._mapped()[which], dtype=np.float32)
+        rows_RD = np.empty((len(which), self.n_dims), np.float32)
+        for start in range(0, len(which), SCATTERED_ROWS):
+            part = slice(start, start + SCATTERED_ROWS)
+            rows_RD[part] = self._mapped()[which[part]]
+        return rows_RD
+
+    def _mapped(self) -> np.ndarray:
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def sample(self, size: int, *, seed: int) -> np.ndarray:
         """Up to `size` rows (S, D) drawn without replacement, in

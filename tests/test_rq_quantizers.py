@@ -400,6 +400,8 @@ def test_chunks_change_no_code(data_path, clustered, monkeypatch):
     np.testing.assert_array_equal(quantizers.encode(quantizer, opened), whole)
     np.testing.assert_array_equal(opened.sample(300, seed=3), sample)
     assert len(np.unique(sample, axis=0)) == 300
+    monkeypatch.setattr(embeddings, "SCATTERED_ROWS", 7)
+    np.testing.assert_array_equal(opened.rows(np.arange(1499, 0, -3)), clustered[1499:0:-3])
     seen = np.concatenate([chunk for _, chunk in opened.chunks(shuffle=np.random.default_rng(0))])
     assert not np.array_equal(seen, clustered)
     np.testing.assert_array_equal(np.sort(seen, axis=0), np.sort(clustered, axis=0))
