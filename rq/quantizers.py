@@ -5,7 +5,6 @@ N items, R rows of a chunk, L levels, K centroids of a level, D input dimensions
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -360,8 +359,3 @@ def _load_codebooks(path: Path) -> Quantizer:
         )
     design = Design("rqkmeans", codebooks[0].shape[1], tuple(len(book) for book in codebooks))
     return quantizer_from_codebooks(design, [book.astype(np.float32) for book in codebooks])
-
-
-def bits(levels: Sequence[int]) -> float:
-    """Size of one item's code in bits: (256, 256, 256) -> 24.0."""
-    return sum(math.log2(size) for size in levels)
