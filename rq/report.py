@@ -1,0 +1,385 @@
+"""`python -m rq.report A.index.json B.index.json ..`: what indexes
+are like, side by side: a table, and a picture with --output.
+
+Works on any index, also one made elsewhere. With --data_path it adds how well the codes tell the embeddings apart; with
+--ckpt_path also the quantizer's own reconstruction error.
+N items, L levels, K codes of a level, D dimensions.
+"""
+
+import argparse
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rq import command_line
+from rq.command_line import BadInput, log
+from rq.generate_indices import read_index
+from rq.whole_files import whole_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+
+    from rq.embeddings import Embeddings
+
+PICTURE_DPI = 130
+LETTERS = string.ascii_lowercase
+
+
+@dataclass
+class Level:
+    """The use of one level's codes."""
+
+    size: int
+    items: int
+    uses_K: "np.ndarray"  # times each code is used, most used first, K of them
+    used: int
+    perplexity: float
+    gini: float
+
+
+@dataclass
+class Report:
+    """Everything the table and the picture show of one index."""
+
+    name: str
+    n_items: int
+    n_distinct: int
+    shared: int
+    largest_group: int
+    shared_before: int  # items that would share without the extra token some items have
+    levels: list[Level]
+    refitted: list[float] = field(
+        default_factory=list
+    )  # share of variance left after each level, best codewords for these codes
+    own: list[float] = field(default_factory=list)  # the same by the quantizer's codewords and decoder
+    own_mse: list[float] = field(default_factory=list)
+
+    @property
+    def collision_rate(self) -> float:
+        """(items - distinct SIDs) / items, as in the field's papers."""
+        return 1 - self.n_distinct / self.n_items
+
+
+def perplexity(uses_K: "np.ndarray") -> float:
+    """exp of the entropy of code use: as many equally used codes would be as hard to guess. [2, 2, 0] -> 2.0."""
+    import numpy as np
+
+    share_K = uses_K[uses_K > 0] / uses_K.sum()
+    return float(np.exp(-(share_K * np.log(share_K)).sum()))
+
+
+def gini(uses_K: "np.ndarray") -> float:
+    """Inequality of code use, dead codes included: 0 when all are used alike, (K - 1) / K when one has everything."""
+    import numpy as np
+
+    ascending_K = np.sort(uses_K)
+    size = len(ascending_K)
+    return float((2 * np.arange(1, size + 1) - size - 1) @ ascending_K / (size * ascending_K.sum()))
+
+
+def level_use(codes_N: "np.ndarray", size: int | None) -> Level:
+    """The use of a level by the items that have it; without a
+    known size, the codebook is taken to end at the largest code.
+    """
+    import numpy as np
+
+    size = size or int(codes_N.max()) + 1
+    uses_K = np.sort(np.bincount(codes_N, minlength=size))[::-1]
+    return Level(size, len(codes_N), uses_K, int((uses_K > 0).sum()), perplexity(uses_K), gini(uses_K))
+
+
+def describe(name: str, index: dict[int, tuple[int, ...]], *, sizes: tuple[int, ...] | None) -> Report:
+    """The report of an index, reconstruction aside."""
+    import numpy as np
+
+    groups = Counter(index.values())
+    before = Counter(codes[: full_depth(index)] for codes in index.values())
+    levels = []
+    for depth in range(max(map(len, index.values()))):
+        codes_N = np.array([codes[depth] for codes in index.values() if len(codes) > depth])
+        size = sizes[depth] if sizes and depth < len(sizes) else None
+        if size and codes_N.max() >= size:
+            raise BadInput(
+                f"{name}: code {codes_N.max()} at level {depth + 1}, whose codebook holds 0..{size - 1}; "
+                "give its own --levels"
+            )
+        levels.append(level_use(codes_N, size))
+    shared, shared_before = (sum(n for n in counts.values() if n > 1) for counts in (groups, before))
+    return Report(name, len(index), len(groups), shared, max(groups.values()), shared_before, levels)
+
+
+def full_depth(index: dict[int, tuple[int, ...]]) -> int:
+    """Levels that every item has; one more on some items only tells collisions apart."""
+    return min(map(len, index.values()))
+
+
+def refitted_errors(x_ND: "np.ndarray", codes_NL: "np.ndarray") -> list[float]:
+    """Share of the variance of `x_ND` left after each level when each code stands for the mean residual of its items.
+
+    Needs no codebook, so indexes of any origin compare on the same embeddings.
+    """
+    import numpy as np
+
+    residual_ND = x_ND - x_ND.mean(axis=0)
+    variance, errors = float(np.square(residual_ND).sum(dtype=np.float64)), []
+    for codes_N in codes_NL.T:
+        _, code_N = np.unique(codes_N, return_inverse=True)
+        sums_KD = np.zeros((code_N.max() + 1, x_ND.shape[1]), np.float64)
+        np.add.at(sums_KD, code_N, residual_ND)
+        residual_ND = residual_ND - (sums_KD / np.bincount(code_N)[:, None]).astype(np.float32)[code_N]
+        errors.append(float(np.square(residual_ND).sum(dtype=np.float64)) / variance if variance else 0.0)
+    return errors
+
+
+def add_errors(
+    report: Report, index: dict[int, tuple[int, ...]], embeddings: "Embeddings", checkpoint: Path | None
+) -> None:
+    """Reconstruction errors of a report, over up to MEASURED_ITEMS rows."""
+    import numpy as np
+
+    from rq.generate_indices import MEASURED_ITEMS, check_codes
+
+    measured = embeddings.spread(MEASURED_ITEMS)
+    x_RD = embeddings.rows(measured)
+    depth = full_depth(index)
+    codes_NL = np.array([codes[:depth] for codes in index.values()], np.int64)
+    report.refitted = refitted_errors(x_RD, codes_NL[measured])
+    if checkpoint is None:
+        return
+    from rq import quantizers
+
+    quantizer = quantizers.load_checkpoint(checkpoint, n_dims=embeddings.n_dims, data_path=embeddings.path)
+    check_codes(codes_NL, quantizer.design.levels, where=report.name)
+    report.own_mse = quantizers.squared_error(quantizer, x_RD, codes_NL[measured])
+    report.own = [error / float(x_RD.var(axis=0).mean() or 1) for error in report.own_mse]
+
+
+def table(reports: list[Report]) -> str:
+    """All reports as one Markdown table, an index a column."""
+    depth = max(len(report.levels) for report in reports)
+    rows: list[tuple[str, list[str]]] = [
+        ("items", [f"{r.n_items:,}" for r in reports]),
+        ("distinct SIDs", [f"{r.n_distinct:,}" for r in reports]),
+        ("collision rate", [f"{r.collision_rate:.2%}" for r in reports]),
+        ("items sharing a SID", [f"{r.shared:,}" for r in reports]),
+        ("sharing but for the extra token", [f"{r.shared_before:,}" for r in reports]),
+        ("largest group", [f"{r.largest_group}" for r in reports]),
+    ]
+    for at in range(depth):
+        shown = [r.levels[at] if at < len(r.levels) else None for r in reports]
+        letter = LETTERS[at]
+        rows += [
+            (f"{letter}: codes used / size", [f"{v.used} / {v.size}" if v else "" for v in shown]),
+            (f"{letter}: items", [f"{v.items:,}" if v else "" for v in shown]),
+            (f"{letter}: dead codes", [f"{v.size - v.used}" if v else "" for v in shown]),
+            (f"{letter}: perplexity", [f"{v.perplexity:.1f}" if v else "" for v in shown]),
+            (f"{letter}: Gini", [f"{v.gini:.3f}" if v else "" for v in shown]),
+        ]
+    for label, attribute, form in (
+        ("MSE after level {}", "own_mse", "{:.3e}"),
+        ("variance left after level {}", "own", "{:.4f}"),
+        ("variance left after level {}, refitted", "refitted", "{:.4f}"),
+    ):
+        for at in range(max(len(getattr(r, attribute)) for r in reports)):
+            values = [getattr(r, attribute) for r in reports]
+            rows.append((label.format(at + 1), [form.format(v[at]) if at < len(v) else "" for v in values]))
+    head = ["", *[r.name for r in reports]]
+    body = [head, *[[label, *cells] for label, cells in rows]]
+    widths = [max(len(line[column]) for line in body) for column in range(len(head))]
+
+    def line(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "| " + " | ".join(["-" * widths[0], *["-" * (w - 1) + ":" for w in widths[1:]]]) + " |"
+    return "\n".join([line(head), rule, *map(line, body[1:])])
+
+
+def draw(reports: list[Report], path: Path) -> None:
+    """One PNG: code use per level on top; collisions, perplexity and reconstruction error below; a colour an index."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    depth = max(len(report.levels) for report in reports)
+    colours = plt.get_cmap("tab10").colors
+    figure: Figure = plt.figure(figsize=(4.4 * max(3.5, depth), 8.6), layout="constrained")
+    figure.suptitle(
+        f"{reports[0].name}: {reports[0].n_items:,} items" if len(reports) == 1 else "semantic IDs side by side"
+    )
+    top, bottom = figure.subfigures(2, 1)
+    for at, axes in enumerate(top.subplots(1, depth, squeeze=False)[0]):
+        for number, report in enumerate(reports):
+            if at < len(report.levels):
+                uses_K = report.levels[at].uses_K
+                alive_K = uses_K[uses_K > 0]
+                axes.step(
+                    np.arange(1, len(alive_K) + 1), alive_K, where="mid", color=colours[number % 10], label=report.name
+                )
+        axes.set(title=f"level {LETTERS[at]}", xlabel="code, most used first", yscale="log")
+        axes.grid(alpha=0.25)
+    top.axes[0].set_ylabel("items per code")
+    handles = [Line2D([], [], color=colours[i % 10], lw=3, label=report.name) for i, report in enumerate(reports)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(reports), 6), frameon=False)
+    groups, evenness, errors = bottom.subplots(1, 3)
+    _draw_groups(groups, reports, colours)
+    _draw_perplexity(evenness, reports, colours)
+    _draw_errors(errors, reports, colours)
+    with whole_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=PICTURE_DPI)
+    plt.close(figure)
+
+
+def _draw_groups(axes: "Axes", reports: list[Report], colours: Sequence) -> None:
+    """Items sharing a SID, in % with the numbers written out; pale: what would share but for the extra token."""
+    at = range(len(reports))
+    before = [100 * report.shared_before / report.n_items for report in reports]
+    colour = [colours[i % 10] for i in at]
+    axes.barh(at, before, color=colour, alpha=0.25, height=0.8)
+    axes.barh(at, [100 * report.shared / report.n_items for report in reports], color=colour, height=0.8)
+    for position, report in enumerate(reports):
+        text = f" {report.shared:,} items, largest group {report.largest_group}" if report.shared else " none"
+        if report.shared_before > report.shared:
+            text += f" ({report.shared_before:,} without extra token)"
+        axes.annotate(text, (0, position), va="center", fontsize=8)
+    axes.set_yticks(list(at), [report.name for report in reports])
+    axes.set_ylim(max(len(reports), 3) - 0.4, -0.6)  # first index on top, and a single bar no poster
+    axes.set(title="items sharing their SID", xlabel="% of items", xlim=(0, max(1.0, 1.15 * max(before))))
+
+
+def _draw_perplexity(axes: "Axes", reports: list[Report], colours: Sequence) -> None:
+    """Perplexity over codebook size, grouped by level, with dead codes named above."""
+    depth = max(len(report.levels) for report in reports)
+    width = 0.8 / len(reports)
+    for number, report in enumerate(reports):
+        at = [level + (number - (len(reports) - 1) / 2) * width for level in range(len(report.levels))]
+        axes.bar(at, [100 * v.perplexity / v.size for v in report.levels], width * 0.92, color=colours[number % 10])
+        for position, level in zip(at, report.levels, strict=True):
+            dead = level.size - level.used
+            if dead:
+                axes.annotate(
+                    f"{dead} dead",
+                    (position, 100 * level.perplexity / level.size),
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                    rotation=90,
+                )
+    axes.set_xticks(range(depth), [f"level {letter}" for letter in LETTERS[:depth]])
+    axes.set(
+        title="evenness of code use", ylabel="perplexity, % of codebook size", ylim=(0, 118), yticks=range(0, 101, 20)
+    )
+
+
+def _draw_errors(axes: "Axes", reports: list[Report], colours: Sequence) -> None:
+    """Share of the variance left after each level: the quantizer's
+    own, dashed where codewords were refitted to the codes.
+    """
+    drawn = False
+    for number, report in enumerate(reports):
+        errors = report.own or report.refitted
+        if errors:
+            drawn = True
+            style = "o-" if report.own else "o--"
+            axes.plot(range(1, len(errors) + 1), [100 * e for e in errors], style, color=colours[number % 10])
+    axes.set(title="reconstruction error", xlabel="levels used", ylabel="% of variance left")
+    if drawn:
+        axes.set_xticks(range(1, max(len(r.own or r.refitted) for r in reports) + 1))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        if any(report.refitted and not report.own for report in reports):
+            axes.annotate(
+                "dashed: best codewords for the codes",
+                (0.98, 0.97),
+                xycoords="axes fraction",
+                ha="right",
+                va="top",
+                fontsize=8,
+            )
+    else:
+        axes.set_axis_off()
+        axes.annotate("give --data_path to see it", (0.5, 0.5), xycoords="axes fraction", ha="center", color="grey")
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """File names without `.index.json`; with their folder where two would read alike."""
+    names = [path.name.removesuffix(".json").removesuffix(".index") for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{path.parent.name}/{name}"
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+@command_line.command("report")
+def main(argv: list[str] | None = None) -> None:
+    """Indexes -> a table in the log and in --table, a picture in --output."""
+    parser = command_line.parser("report", __doc__, shared=("data_path", "output", "overwrite"))
+    parser.add_argument("index", nargs="+", type=command_line.existing, metavar="X.index.json")
+    parser.add_argument(
+        "--levels",
+        type=command_line.level_sizes,
+        metavar="K1,K2,..",
+        help="codebook sizes (from the checkpoint, or the largest code)",
+    )
+    parser.add_argument(
+        "--ckpt_path",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="the quantizer of each index, in the same order; - for none",
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE.md", help="also write the table to a file")
+    flags = parser.parse_args(argv)
+    checkpoints = read_checkpoint_flags(flags)
+    command_line.refuse_to_overwrite(flags, outputs=("output", "table"))
+
+    from rq.embeddings import open_embeddings
+
+    indexes = [read_index(path) for path in flags.index]
+    reports = []
+    for name, index, checkpoint in zip(short_names(flags.index), indexes, checkpoints, strict=True):
+        sizes = flags.levels
+        if checkpoint and not sizes:
+            from rq.quantizers import load_checkpoint
+
+            sizes = load_checkpoint(checkpoint).design.levels
+        report = describe(name, index, sizes=sizes)
+        if flags.data_path:
+            embeddings = open_embeddings(flags.data_path, n_items=len(index), items_from=Path(name))
+            add_errors(report, index, embeddings, checkpoint)
+        reports.append(report)
+    text = table(reports)
+    log.info("%s", text)
+    if flags.table:
+        with whole_path(flags.table) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    if flags.output:
+        draw(reports, flags.output)
+        log.info("wrote %s", flags.output)
+
+
+def read_checkpoint_flags(flags: argparse.Namespace) -> list[Path | None]:
+    """--ckpt_path as one path or None for each index."""
+    if flags.ckpt_path and len(flags.ckpt_path) != len(flags.index):
+        raise BadInput(
+            f"--ckpt_path has {len(flags.ckpt_path)} entries for {len(flags.index)} indexes; give one each, - for none"
+        )
+    if flags.ckpt_path and flags.data_path is None:
+        raise BadInput("--ckpt_path: give --data_path too, reconstruction error needs the embeddings")
+    checkpoints = [None if path == "-" else Path(path) for path in flags.ckpt_path] or [None] * len(flags.index)
+    for path in checkpoints:
+        if path is not None and not path.exists():
+            raise BadInput(f"--ckpt_path {path}: no such file")
+    return checkpoints
+
+
+if __name__ == "__main__":
+    main()

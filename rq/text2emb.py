@@ -1,0 +1,344 @@
+"""`python -m rq.text2emb`: the texts of `.item.json` -> embeddings in one .npy, row i for item i.
+
+`--encoder tfidf` needs no download: TF-IDF and truncated SVD, fitted on these items and saved beside the
+output, so that new items can be embedded alike later. Any other encoder is a Hugging Face name or folder.
+N items, B items of a batch, T tokens, D dimensions, V words.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rq import command_line
+from rq.catalogue import TEXT_FIELDS, item_text, read_items
+from rq.command_line import BadInput, log
+from rq.whole_files import whole_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+ROWS_AT_ONCE = 8_192  # texts tokenized, sorted by length and embedded together
+VOCABULARY, WEIGHTS = "vocabulary.json", "tfidf.safetensors"
+
+
+def default_output(item_file: Path, encoder: str) -> Path:
+    """X.item.json and 'org/Name' -> X.emb-Name-td.npy beside it."""
+    stem = item_file.name.removesuffix(".json").removesuffix(".item")
+    return item_file.with_name(f"{stem}.emb-{Path(encoder).name.removesuffix('.tfidf')}-td.npy")
+
+
+def fit_tfidf(texts: Sequence[str], *, n_dims: int, seed: int) -> tuple[list[str], "np.ndarray", "np.ndarray"]:
+    """Vocabulary (V words), their idf (V,), and the truncated SVD's components (D, V) of these texts."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) >= 1000 else 1, max_features=100_000)
+    try:
+        weights_NV = vectorizer.fit_transform(texts)
+    except ValueError as error:
+        raise BadInput(f"no text to fit TF-IDF on ({error}); check --fields") from error
+    possible = min(n_dims, *weights_NV.shape)
+    if possible < n_dims:
+        log.info("%s dimensions instead of %s: no more in %s texts of %s words", possible, n_dims, *weights_NV.shape)
+    svd = TruncatedSVD(possible, random_state=seed).fit(weights_NV)
+    log.info(
+        "TF-IDF: %s words, %s dimensions keep %.1f %% of the variance",
+        weights_NV.shape[1],
+        possible,
+        100 * svd.explained_variance_ratio_.sum(),
+    )
+    return vectorizer.get_feature_names_out().tolist(), vectorizer.idf_, svd.components_
+
+
+def save_tfidf(folder: Path, words: Sequence[str], idf_V: "np.ndarray", components_DV: "np.ndarray") -> None:
+    """Keep a fitted TF-IDF encoder as JSON and safetensors."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    with whole_path(folder) as temporary:
+        temporary.mkdir()
+        (temporary / VOCABULARY).write_text(json.dumps(list(words), ensure_ascii=False), encoding="utf-8")
+        tensors = {"idf": idf_V.astype(np.float32), "components": np.ascontiguousarray(components_DV, dtype=np.float32)}
+        save_file(tensors, temporary / WEIGHTS)
+
+
+def load_tfidf(folder: Path) -> tuple[list[str], "np.ndarray", "np.ndarray"]:
+    """What save_tfidf kept."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        words = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+        return words, tensors["idf"], tensors["components"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BadInput(f"{folder}: not a TF-IDF encoder saved by rq.text2emb ({error})") from error
+
+
+def embed_with_tfidf(
+    texts: Sequence[str], rows_ND: "np.ndarray", *, words: list[str], idf_V: "np.ndarray", components_DV: "np.ndarray"
+) -> None:
+    """Fill `rows_ND` with the embeddings of the texts."""
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, vocabulary=words)
+    vectorizer.idf_ = idf_V
+    components_DV = components_DV.astype(np.float32)
+    for start in range(0, len(texts), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        rows_ND[part] = vectorizer.transform(texts[part]).astype(np.float32) @ components_DV.T
+
+
+def pool(hidden_BTD: "torch.Tensor", mask_BT: "torch.Tensor", pooling: str) -> "torch.Tensor":
+    """(B, D): the last token that is no padding, the mean of those, or the first; padding may stand on either side."""
+    import torch
+
+    if pooling == "mean":
+        weights_BT1 = mask_BT[..., None].to(hidden_BTD.dtype)
+        return (hidden_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp_min(1)
+    rows = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
+    if pooling == "last":
+        return hidden_BTD[rows, mask_BT.cumsum(1).argmax(1)]
+    return hidden_BTD[rows, mask_BT.argmax(1)]
+
+
+def choose_pooling(encoder: str, config: object) -> str:
+    """What the encoder's own sentence-transformers file says; else last for causal models, mean for the others."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        encoder,
+        "1_Pooling/config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found:
+        modes = json.loads(Path(found).read_text(encoding="utf-8"))
+        for mode, pooling in (("lasttoken", "last"), ("cls_token", "first"), ("mean_tokens", "mean")):
+            if modes.get(f"pooling_mode_{mode}"):
+                return pooling
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or ())
+    return "last" if causal or getattr(config, "is_decoder", False) else "mean"
+
+
+class HuggingFaceEncoder:
+    """A tokenizer and a model that turn texts into rows."""
+
+    def __init__(self, name: str, *, pooling: str, max_len: int, batch_size: int, device: str) -> None:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+            model = AutoModel.from_pretrained(name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise BadInput(
+                f"--encoder {name}: {first_line} Expected tfidf, a folder, or a Hugging Face name"
+            ) from error
+        config = model.config
+        self.model = (model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model).to(device).eval()
+        self.n_dims = config.hidden_size
+        self.pooling = choose_pooling(name, config) if pooling == "auto" else pooling
+        self.max_len = min(
+            max_len, self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_len
+        )
+        self.batch_size, self.device = batch_size, device
+        self.tokenizer.padding_side = (
+            "right"  # absolute positions then start at 0, and a causal model never sees padding
+        )
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
+
+    def embed(self, texts: Sequence[str]) -> tuple["np.ndarray", int]:
+        """float32 (N, D) of texts that are not empty, and how many were truncated to max_len tokens."""
+        import numpy as np
+        import torch
+
+        lengths = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+        longest_first = sorted(range(len(texts)), key=lambda i: -lengths[i])
+        rows_ND = np.empty((len(texts), self.n_dims), np.float32)
+        for start in range(0, len(texts), self.batch_size):
+            which = longest_first[start : start + self.batch_size]
+            tokens = self.tokenizer(
+                [texts[i] for i in which], truncation=True, max_length=self.max_len, padding=True, return_tensors="pt"
+            ).to(self.device)
+            with torch.inference_mode():
+                hidden_BTD = self.model(
+                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+                ).last_hidden_state
+                rows_ND[which] = pool(hidden_BTD.float(), tokens["attention_mask"], self.pooling).cpu().numpy()
+        return rows_ND, sum(length > self.max_len for length in lengths)
+
+
+def embed_with_model(
+    texts: Sequence[str], rows_ND: "np.ndarray", encoder: HuggingFaceEncoder, *, progress: bool
+) -> int:
+    """Fill `rows_ND`; texts that are empty get zeros. Returns how many texts were truncated."""
+    from tqdm import tqdm
+
+    truncated = 0
+    with tqdm(total=len(texts), desc="embed", unit=" items", disable=None if progress else True) as bar:
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            part = texts[start : start + ROWS_AT_ONCE]
+            filled = [i for i, text in enumerate(part) if text]
+            rows_ND[start : start + len(part)] = 0
+            if filled:
+                rows_BD, cut = encoder.embed([part[i] for i in filled])
+                rows_ND[[start + i for i in filled]] = rows_BD
+                truncated += cut
+            bar.update(len(part))
+    return truncated
+
+
+def normalise_rows(rows_ND: "np.ndarray") -> None:
+    """Divide each row by its length in place; rows of zeros stay."""
+    import numpy as np
+
+    for start in range(0, len(rows_ND), ROWS_AT_ONCE):
+        part = rows_ND[start : start + ROWS_AT_ONCE]
+        part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def write_tfidf(texts: Sequence[str], flags: argparse.Namespace) -> None:
+    """Fit or load TF-IDF, write the embeddings, and a newly fitted encoder beside them."""
+    import numpy as np
+
+    folder = flags.output.with_suffix(".tfidf")
+    if flags.encoder == "tfidf":
+        if folder.exists() and not flags.overwrite:
+            raise BadInput(
+                f"{folder} exists; give it as --encoder to embed alike, --overwrite to fit anew, or another --output"
+            )
+        fitted = fit_tfidf(texts, n_dims=flags.dim, seed=flags.seed)
+    else:
+        fitted = load_tfidf(Path(flags.encoder))
+    words, idf_V, components_DV = fitted
+    with whole_path(flags.output) as temporary:
+        rows_ND = np.lib.format.open_memmap(
+            temporary, mode="w+", dtype=np.float32, shape=(len(texts), len(components_DV))
+        )
+        embed_with_tfidf(texts, rows_ND, words=words, idf_V=idf_V, components_DV=components_DV)
+        unknown = sum(bool(text) for text, row_D in zip(texts, rows_ND, strict=True) if not row_D.any())
+        if unknown:
+            log.info("%s items have text, but no word of the vocabulary: their rows are zero", f"{unknown:,}")
+        if flags.normalize:
+            normalise_rows(rows_ND)
+        rows_ND.flush()
+        if flags.encoder == "tfidf":
+            save_tfidf(folder, words, idf_V, components_DV)
+            log.info("wrote %s: give it as --encoder to embed new items alike", folder)
+
+
+def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
+    """Embed with a Hugging Face encoder, each process its share of the rows, all into one file."""
+    import numpy as np
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    state = PartialState(cpu=flags.device == "cpu")
+    encoder = HuggingFaceEncoder(
+        flags.encoder,
+        pooling=flags.pooling,
+        max_len=flags.max_len,
+        batch_size=flags.batch_size,
+        device=str(state.device),
+    )
+    log.info(
+        "%s: %s pooling, up to %s tokens, %s processes",
+        flags.encoder,
+        encoder.pooling,
+        encoder.max_len,
+        state.num_processes,
+    )
+    with whole_path(flags.output) if state.is_main_process else contextlib.nullcontext() as written:
+        temporary = Path(broadcast_object_list([str(written)])[0])
+        shape = (len(texts), encoder.n_dims)
+        if state.is_main_process:
+            np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape).flush()
+        state.wait_for_everyone()
+        rows_ND = np.lib.format.open_memmap(temporary, mode="r+")
+        bounds = np.linspace(0, len(texts), state.num_processes + 1).astype(int).tolist()
+        mine = slice(bounds[state.process_index], bounds[state.process_index + 1])
+        truncated = embed_with_model(texts[mine], rows_ND[mine], encoder, progress=state.is_main_process)
+        if flags.normalize:
+            normalise_rows(rows_ND[mine])
+        rows_ND.flush()
+        truncated = sum(gather_object([truncated]))
+        log.info(
+            "%s of %s texts were longer than %s tokens and cut there",
+            f"{truncated:,}",
+            f"{len(texts):,}",
+            encoder.max_len,
+        )
+
+
+@command_line.command("text2emb")
+def main(argv: list[str] | None = None) -> None:
+    """Items -> texts -> embeddings; several GPUs with `accelerate launch -m rq.text2emb ..`."""
+    parser = command_line.parser(
+        "text2emb",
+        __doc__,
+        shared=("item_file", "output", "seed", "device", "overwrite"),
+        required=("item_file",),
+    )
+    add = parser.add_argument
+    add(
+        "--encoder",
+        default="tfidf",
+        help="tfidf, a TF-IDF folder made by an earlier run, or a Hugging Face name or folder (tfidf)",
+    )
+    add(
+        "--fields",
+        default=",".join(TEXT_FIELDS),
+        help=f"item fields that make the text, in order ({','.join(TEXT_FIELDS)})",
+    )
+    add("--dim", type=command_line.at_least(1), default=256, help="dimensions of TF-IDF embeddings (256)")
+    add(
+        "--pooling",
+        choices=("auto", "last", "mean", "first"),
+        default="auto",
+        help="which hidden states make the row (auto: by the encoder)",
+    )
+    add(
+        "--max_len",
+        type=command_line.at_least(1),
+        default=512,
+        help="tokens of a text at most; longer ones are cut (512)",
+    )
+    add("--batch_size", type=command_line.at_least(1), default=32, help="texts of one forward pass, a process (32)")
+    add("--normalize", type=command_line.switch, nargs="?", const=True, default=False, help="scale rows to length 1")
+    flags = parser.parse_args(argv)
+    flags.output = flags.output or default_output(flags.item_file, flags.encoder)
+    if flags.output.suffix != ".npy":
+        raise BadInput(f"--output {flags.output}: give it a name that ends in .npy")
+    command_line.refuse_to_overwrite(flags, outputs=("output",))
+
+    fields = [field for field in flags.fields.split(",") if field]
+    items = read_items(flags.item_file)
+    texts = [item_text(item, fields) for item in items]
+    empty = sum(not text for text in texts)
+    log.info(
+        "%s items, %s with no text in %s (their rows are zero)", f"{len(texts):,}", f"{empty:,}", ", ".join(fields)
+    )
+    if empty == len(texts):
+        raise BadInput(f"{flags.item_file}: no item has text in {', '.join(fields)}; check --fields")
+    if flags.encoder == "tfidf" or (Path(flags.encoder) / VOCABULARY).exists():
+        command_line.single_process("text2emb --encoder tfidf")
+        write_tfidf(texts, flags)
+    else:
+        from rq.quantizers import choose_device
+
+        flags.device = choose_device(flags.device)
+        write_model(texts, flags)
+    log.info("wrote %s", flags.output)
+
+
+if __name__ == "__main__":
+    main()

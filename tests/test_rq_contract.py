@@ -1,0 +1,62 @@
+"""What rq writes, sft reads: from a user's tables through an index to the rows that are trained on."""
+
+import csv
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rq import prepare, rqkmeans, text2emb
+from rq.generate_indices import read_index, sid_tokens
+
+data = pytest.importorskip("data", reason="rq/ stands alone here")
+sft = pytest.importorskip("sft", reason="rq/ stands alone here")
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A folder with all that rq makes of 24 products, 3 of them alike to the letter, and 8 users with 6 orders each."""
+    rng = np.random.default_rng(0)
+    words = ["steel", "drill", "red", "blue", "saw", "tape", '"6\'" bit', "glue"]
+    titles = [" ".join(rng.choice(words, 3)) for _ in range(21)] + ["twin steel saw"] * 3
+    orders = [(f"u{user}", f"p{(5 * user + step) % 24}", 100 * user + step) for user in range(8) for step in range(6)]
+    for name, header, rows in (
+        ("orders", ("user_id", "item_id", "timestamp"), orders),
+        ("products", ("item_id", "title"), [(f"p{number}", title) for number, title in enumerate(titles)]),
+    ):
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    prepared = [
+        "--interactions",
+        str(tmp_path / "orders.csv"),
+        "--items",
+        str(tmp_path / "products.csv"),
+        "--k_core",
+        "1",
+    ]
+    prepared += ["--output_dir", str(tmp_path), "--name", "Shop"]
+    embeddings, index = str(tmp_path / "E.npy"), str(tmp_path / "Shop.index.json")
+    prepare.main(prepared)
+    text2emb.main(["--item_file", str(tmp_path / "Shop.item.json"), "--output", embeddings])
+    rqkmeans.main(["--data_path", embeddings, "--levels", "4,4,4", "--output", index, "--device", "cpu"])
+    prepare.main([*prepared, "--index", index])
+    return tmp_path
+
+
+def test_sft_reads_the_tokens_of_an_index_of_mixed_depth(shop):
+    index = read_index(shop / "Shop.index.json")
+    assert {len(codes) for codes in index.values()} == {3, 4}
+    tokens = sft.TokenExtender(str(shop), "Shop", ".index.json").get_new_tokens()
+    assert tokens == sorted({token for codes in index.values() for token in sid_tokens(codes)})
+
+
+def test_sft_reads_every_row_that_prepare_wrote_and_finds_nothing_amiss(shop, caplog):
+    caplog.set_level(logging.INFO)
+    catalogue = data.read_catalogue(shop / "Shop.index.json", shop / "Shop.item.json")
+    assert [item.id for item in catalogue.items] == [str(number) for number in range(len(catalogue.items))]
+    rows = [row for part in ("train", "valid", "test") for row in data.read_rows(shop / f"Shop.{part}.csv", catalogue)]
+    assert len(rows) == 8 * 5
+    assert "left out" not in caplog.text
+    assert "differ from the item file" not in caplog.text
+    assert "share their SID" not in caplog.text

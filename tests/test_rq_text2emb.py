@@ -1,0 +1,175 @@
+"""Texts to rows: what is read, how it is pooled, and that new items are embedded like the old ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+
+from rq import text2emb
+from rq.catalogue import item_text, read_items
+
+WORDS = ["steel", "drill", "bit", "glue", "red", "blue", "small", "large", "tape", "saw"]
+
+
+@pytest.fixture
+def item_file(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    items = {
+        str(i): {"title": " ".join(rng.choice(WORDS, 1 + i % 5)), "description": "", "brand": ""} for i in range(30)
+    }
+    items["3"]["title"] = ""
+    items["7"]["description"] = "['steel saw.', 'red']"
+    path = tmp_path / "X.item.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def encoder_folder(tmp_path: Path, *, causal: bool) -> Path:
+    """A tiny random encoder with a word-level tokenizer, saved like a real one."""
+    folder = tmp_path / ("causal" if causal else "masked")
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]").save_pretrained(folder)
+    torch.manual_seed(0)
+    size = len(vocabulary)
+    if causal:
+        GPT2Model(GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=2, n_positions=32)).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    else:
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        BertModel(BertConfig(vocab_size=size, max_position_embeddings=32, **shape)).save_pretrained(folder)
+    return folder
+
+
+def embed(item_file: Path, output: Path, *extra: object) -> np.ndarray:
+    text2emb.main(["--item_file", str(item_file), "--output", str(output), "--device", "cpu", *map(str, extra)])
+    return np.load(output, allow_pickle=False)
+
+
+def test_descriptions_that_are_lists_are_read_as_lists():
+    assert (
+        item_text({"title": "Saw", "description": "['Cuts  well.', \"It's sharp.\"]"}) == "Saw Cuts well. It's sharp."
+    )
+    assert item_text({"title": "Saw", "description": "[50-Pack] of saws"}) == "Saw [50-Pack] of saws"
+    assert item_text({"title": "", "description": "[]", "brand": None}) == ""
+    assert item_text({"title": "A", "brand": "B", "categories": "C"}, ("brand", "title")) == "B A"
+
+
+def test_items_are_ordered_by_number_and_not_by_text(tmp_path):
+    path = tmp_path / "X.item.json"
+    path.write_text(json.dumps({str(i): {"title": str(i)} for i in reversed(range(12))}))
+    assert [item["title"] for item in read_items(path)] == [str(i) for i in range(12)]
+
+
+def test_tfidf_needs_no_download_and_gives_one_float32_row_an_item(item_file, tmp_path, capsys):
+    rows = embed(item_file, tmp_path / "E.npy", "--dim", 6)
+    assert rows.shape == (30, 6)
+    assert rows.dtype == np.float32
+    assert "30 items, 1 with no text" in capsys.readouterr().out
+    assert not rows[3].any()
+    assert rows[2].any()
+
+
+def test_equal_texts_get_equal_rows_and_normalised_ones_length_one(item_file, tmp_path):
+    items = json.loads(item_file.read_text())
+    items["5"] = items["9"]
+    item_file.write_text(json.dumps(items))
+    rows = embed(item_file, tmp_path / "E.npy", "--dim", 6, "--normalize")
+    np.testing.assert_array_equal(rows[5], rows[9])
+    lengths = np.linalg.norm(rows, axis=1)
+    np.testing.assert_allclose(np.delete(lengths, 3), 1, rtol=1e-5)
+    assert lengths[3] == 0
+
+
+def test_new_items_are_embedded_like_the_old_ones(item_file, tmp_path):
+    before = embed(item_file, tmp_path / "old.npy", "--dim", 6)
+    items = json.loads(item_file.read_text())
+    item_file.write_text(json.dumps({**items, "30": {"title": "large blue drill"}}))
+    after = embed(item_file, tmp_path / "new.npy", "--encoder", tmp_path / "old.tfidf")
+    np.testing.assert_allclose(after[:30], before, atol=1e-6)
+    refitted = embed(item_file, tmp_path / "refitted.npy", "--dim", 6)
+    assert np.abs(refitted[:30] - before).max() > 1e-3
+
+
+@pytest.mark.parametrize(("causal", "pooling"), [(True, "last"), (False, "mean")])
+def test_the_pooling_that_fits_the_encoder_is_chosen(item_file, tmp_path, causal, pooling, capsys):
+    folder = encoder_folder(tmp_path, causal=causal)
+    rows = embed(item_file, tmp_path / "E.npy", "--encoder", folder)
+    assert f"{pooling} pooling" in capsys.readouterr().out
+    given = embed(item_file, tmp_path / "F.npy", "--encoder", folder, "--pooling", pooling)
+    other = embed(item_file, tmp_path / "G.npy", "--encoder", folder, "--pooling", "first")
+    np.testing.assert_array_equal(rows, given)
+    assert np.abs(rows - other).max() > 1e-3
+    assert not rows[3].any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_and_batches_change_no_row(item_file, tmp_path, causal):
+    folder = encoder_folder(tmp_path, causal=causal)
+    alone = embed(item_file, tmp_path / "E.npy", "--encoder", folder, "--batch_size", 1)
+    together = embed(item_file, tmp_path / "F.npy", "--encoder", folder, "--batch_size", 30)
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+
+
+def test_long_texts_are_cut_by_tokens_and_counted(item_file, tmp_path, capsys):
+    folder = encoder_folder(tmp_path, causal=True)
+    cut = embed(item_file, tmp_path / "E.npy", "--encoder", folder, "--max_len", 2)
+    assert "17 of 30 texts were longer than 2 tokens and cut there" in capsys.readouterr().out
+    items = {
+        i: {**item, "title": " ".join(item["title"].split()[:2]), "description": ""}
+        for i, item in json.loads(item_file.read_text()).items()
+    }
+    item_file.write_text(json.dumps(items))
+    np.testing.assert_allclose(embed(item_file, tmp_path / "F.npy", "--encoder", folder), cut, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pooling_by_hand(side):
+    hidden = torch.arange(8.0).view(1, 4, 2)
+    mask = torch.tensor([[0, 1, 1, 1]] if side == "left" else [[1, 1, 1, 0]])
+    kept = hidden[0, 1:] if side == "left" else hidden[0, :3]
+    assert torch.equal(text2emb.pool(hidden, mask, "last")[0], kept[-1])
+    assert torch.equal(text2emb.pool(hidden, mask, "first")[0], kept[0])
+    assert torch.equal(text2emb.pool(hidden, mask, "mean")[0], kept.mean(0))
+
+
+def test_an_encoder_that_is_not_there_is_one_line(item_file, tmp_path):
+    with pytest.raises(SystemExit, match="--encoder .*none") as stopped:
+        embed(item_file, tmp_path / "E.npy", "--encoder", tmp_path / "none")
+    assert "\n" not in stopped.value.code
+    assert not (tmp_path / "E.npy").exists()
+
+
+def test_the_default_name_is_the_one_users_know(tmp_path):
+    assert text2emb.default_output(tmp_path / "X.item.json", "org/Qwen3-4B") == tmp_path / "X.emb-Qwen3-4B-td.npy"
+    assert text2emb.default_output(tmp_path / "X.item.json", "tfidf") == tmp_path / "X.emb-tfidf-td.npy"
+
+
+def test_two_processes_write_the_rows_one_would(item_file, tmp_path):
+    """As with several GPUs, here on the CPU: each process embeds half of the items into the one file."""
+    folder = encoder_folder(tmp_path, causal=True)
+    alone = embed(item_file, tmp_path / "E.npy", "--encoder", folder, "--normalize")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "rq.text2emb"]
+    command += ["--device", "cpu", "--item_file", str(item_file), "--encoder", str(folder), "--normalize"]
+    result = subprocess.run(
+        [*command, "--output", str(tmp_path / "F.npy")],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    np.testing.assert_allclose(np.load(tmp_path / "F.npy"), alone, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.glob("*.npy*")) == ["E.npy", "F.npy"]
+    assert result.stdout.count("last pooling") == 1
