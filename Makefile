@@ -24,8 +24,8 @@ $(VENV)/.run: requirements.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
-	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+$(VENV)/.dev: requirements-dev.txt rq/requirements.txt $(VENV)/.run
+	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt -r rq/requirements.txt
 	touch $@
 
 clean:

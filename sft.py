@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 FULL_LEARNING_RATE = 3e-4
-FREEZE_LEARNING_RATE = 1e-2  # rows alone bear, and need, larger steps than a whole model: tests/benchmarks/results/
+FREEZE_STEP = 0.1  # freeze mode's default learning rate, as a share of the embedding's spread: rows alone bear, and need,
+# larger steps than a whole model, and an AdamW step moves each number by about the learning rate
 PROMPTS_FILE = "prompts.json"  # travels with a checkpoint: its wording, filled-in category and tasks
 
 
@@ -155,6 +156,14 @@ def freeze_llm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     if dropout := turn_dropout_off(model):
         logger.info(f"Dropout of {dropout} frozen modules is off: it has no purpose where nothing can overfit")
     return rows
+
+
+def rows_learning_rate(model: PreTrainedModel, known: int) -> float:
+    """Freeze mode's default learning rate, from the standard deviation of the embedding's first `known` rows."""
+    spread = float(model.get_input_embeddings().weight[:known].float().std())
+    rate = float(f"{FREEZE_STEP * spread:.2g}")
+    logger.info(f"Learning rate {rate:g}: a tenth of the spread of the embedding's values ({spread:.2g})")
+    return rate
 
 
 def turn_dropout_off(model: PreTrainedModel) -> int:
@@ -306,7 +315,7 @@ def train(
         max_steps: optimizer steps; overrides num_epochs when positive
         batch_size: examples per optimizer step over all processes; a multiple of micro_batch_size x processes
         micro_batch_size: examples per forward pass of one process; smaller needs less memory
-        learning_rate: peak learning rate; default 3e-4, with freeze_LLM 1e-2
+        learning_rate: peak learning rate; default 3e-4, with freeze_LLM a tenth of the spread of the embedding's values
         weight_decay: AdamW's decoupled weight decay; in freeze mode of the SID rows alone
         lr_scheduler_type: linear, cosine, constant, ... (transformers' names)
         warmup_steps: steps until the learning rate reaches its peak
@@ -363,6 +372,8 @@ def train(
     if rows is None:
         total = sum(parameter.numel() for parameter in model.parameters())
         logger.info(f"Trainable parameters: {total:,} / {total:,} (100%)")
+    elif flags.learning_rate is None:
+        args.learning_rate = rows_learning_rate(model, known_tokens)
     if flags.check:
         show_examples(train_data, tokenizer)
         logger.info("--check: everything was read and nothing was trained")
@@ -480,7 +491,7 @@ def training_arguments(flags: types.SimpleNamespace, steps_per_epoch: int) -> Tr
             num_train_epochs=flags.num_epochs,
             max_steps=flags.max_steps,
             per_device_train_batch_size=flags.batch_size // world_size(),
-            learning_rate=flags.learning_rate,
+            learning_rate=flags.learning_rate or FULL_LEARNING_RATE,
             weight_decay=flags.weight_decay,
             lr_scheduler_type=flags.lr_scheduler_type,
             warmup_steps=flags.warmup_steps,
@@ -588,8 +599,6 @@ def check_flags(values: dict[str, Any]) -> types.SimpleNamespace:
     signature = inspect.signature(train)
     hints = typing.get_type_hints(train)
     flags = types.SimpleNamespace(**{name: convert(name, values[name], hints[name]) for name in signature.parameters})
-    if flags.learning_rate is None:
-        flags.learning_rate = FREEZE_LEARNING_RATE if flags.freeze_LLM else FULL_LEARNING_RATE
     flags.tasks = ",".join(name.strip() for name in flags.tasks.split(",") if name.strip())
     check_ranges(flags)
     check_tasks(flags)

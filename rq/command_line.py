@@ -39,9 +39,7 @@ def level_sizes(text: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 2 or len(sizes) > 25:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of 1 to 25 codebook sizes of 2 or more, like 256,256,256"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of 1 to 25 codebook sizes of 2 or more, like 256,256,256")
     return sizes
 
 
@@ -189,8 +187,7 @@ def single_process(name: str) -> None:
     """Stop a command that uses one process (faiss spreads over cores and GPUs by itself) when several were launched."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput(
-            f"rq.{name} runs in one process, {os.environ['WORLD_SIZE']} were launched; "
-            f"start it with python -m rq.{name}"
+            f"rq.{name} runs in one process, {os.environ['WORLD_SIZE']} were launched; start it with python -m rq.{name}"
         )
 
 

@@ -95,7 +95,6 @@ def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path 
         raise BadInput(f"{path}: holds {shown}; expected floats of shape (N items, D dimensions)")
     if n_items is not None and len(mapped) != n_items:
         raise BadInput(
-            f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; "
-            "embed that file again with rq.text2emb"
+            f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; embed that file again with rq.text2emb"
         )
     return Embeddings(path, *mapped.shape)

@@ -159,9 +159,7 @@ def resolve(
     if policy == "relocate":
         if costs is None:
             raise BadInput("--collisions relocate needs distances: give --data_path and --ckpt_path, not codes alone")
-        sids, unplaced = collisions.relocate(
-            codes_NL, n_last=n_last, capacity=capacity, costs=costs, published=published
-        )
+        sids, unplaced = collisions.relocate(codes_NL, n_last=n_last, capacity=capacity, costs=costs, published=published)
         if unplaced:
             log.warning(
                 "%s items found all %s last-level codes under their prefix taken and keep a shared SID; "
@@ -348,9 +346,7 @@ def run(argv: list[str] | None, *, name: str, documentation: str, methods: Seque
     if flags.append:
         append(flags, quantizer=quantizer, embeddings=embeddings)
     else:
-        publish(
-            quantizers.encode(quantizer, embeddings, progress=True), flags, quantizer=quantizer, embeddings=embeddings
-        )
+        publish(quantizers.encode(quantizer, embeddings, progress=True), flags, quantizer=quantizer, embeddings=embeddings)
 
 
 @command_line.command("generate_indices")

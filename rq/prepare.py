@@ -77,9 +77,7 @@ def read_table(
         elif kind in ("json", "jsonl"):
             raw = pd.DataFrame.from_records(list(_json_lines(path, _wanted(fields, names))))
         else:
-            raise BadInput(
-                f"{path}: a .{kind} file; expected .csv, .tsv, .parquet, .json or .jsonl (one object a line)"
-            )
+            raise BadInput(f"{path}: a .{kind} file; expected .csv, .tsv, .parquet, .json or .jsonl (one object a line)")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: {error}") from error
     columns = {}
@@ -93,9 +91,7 @@ def read_table(
                 f"expected {' or '.join(candidates)}, or name it by --{field}_column"
             )
         columns[field] = raw[found] if found else ""
-    told = ", ".join(
-        f"{field} from {column.name}" for field, column in columns.items() if isinstance(column, pd.Series)
-    )
+    told = ", ".join(f"{field} from {column.name}" for field, column in columns.items() if isinstance(column, pd.Series))
     log.info("%s: %s rows, %s", path, f"{len(raw):,}", told)
     return pd.DataFrame(columns, index=raw.index)
 

@@ -354,8 +354,6 @@ def _load_codebooks(path: Path) -> Quantizer:
     except (ValueError, KeyError, OSError) as error:
         raise BadInput(f"{path}: {error}; expected arrays codebook_0, codebook_1, .. of shape (K, D)") from error
     if not codebooks or any(book.ndim != 2 or book.shape[1] != codebooks[0].shape[1] for book in codebooks):
-        raise BadInput(
-            f"{path}: shapes {[book.shape for book in codebooks]}; expected (K, D) with one D for every level"
-        )
+        raise BadInput(f"{path}: shapes {[book.shape for book in codebooks]}; expected (K, D) with one D for every level")
     design = Design("rqkmeans", codebooks[0].shape[1], tuple(len(book) for book in codebooks))
     return quantizer_from_codebooks(design, [book.astype(np.float32) for book in codebooks])

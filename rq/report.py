@@ -135,9 +135,7 @@ def refitted_errors(x_ND: "np.ndarray", codes_NL: "np.ndarray") -> list[float]:
     return errors
 
 
-def add_errors(
-    report: Report, index: dict[int, tuple[int, ...]], embeddings: "Embeddings", checkpoint: Path | None
-) -> None:
+def add_errors(report: Report, index: dict[int, tuple[int, ...]], embeddings: "Embeddings", checkpoint: Path | None) -> None:
     """Reconstruction errors of a report, over up to MEASURED_ITEMS rows."""
     import numpy as np
 
@@ -212,9 +210,7 @@ def draw(reports: list[Report], path: Path) -> None:
     depth = max(len(report.levels) for report in reports)
     colours = plt.get_cmap("tab10").colors
     figure: Figure = plt.figure(figsize=(4.4 * max(3.5, depth), 8.6), layout="constrained")
-    figure.suptitle(
-        f"{reports[0].name}: {reports[0].n_items:,} items" if len(reports) == 1 else "semantic IDs side by side"
-    )
+    figure.suptitle(f"{reports[0].name}: {reports[0].n_items:,} items" if len(reports) == 1 else "semantic IDs side by side")
     top, bottom = figure.subfigures(2, 1)
     for at, axes in enumerate(top.subplots(1, depth, squeeze=False)[0]):
         for number, report in enumerate(reports):
@@ -274,9 +270,7 @@ def _draw_perplexity(axes: "Axes", reports: list[Report], colours: Sequence) -> 
                     rotation=90,
                 )
     axes.set_xticks(range(depth), [f"level {letter}" for letter in LETTERS[:depth]])
-    axes.set(
-        title="evenness of code use", ylabel="perplexity, % of codebook size", ylim=(0, 118), yticks=range(0, 101, 20)
-    )
+    axes.set(title="evenness of code use", ylabel="perplexity, % of codebook size", ylim=(0, 118), yticks=range(0, 101, 20))
 
 
 def _draw_errors(axes: "Axes", reports: list[Report], colours: Sequence) -> None:
@@ -313,8 +307,7 @@ def short_names(paths: list[Path]) -> list[str]:
     """File names without `.index.json`; with their folder where two would read alike."""
     names = [path.name.removesuffix(".json").removesuffix(".index") for path in paths]
     return [
-        name if names.count(name) == 1 else f"{path.parent.name}/{name}"
-        for name, path in zip(names, paths, strict=True)
+        name if names.count(name) == 1 else f"{path.parent.name}/{name}" for name, path in zip(names, paths, strict=True)
     ]
 
 

@@ -24,8 +24,7 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
     for size in levels:
         if size & (size - 1):
             raise BadInput(
-                f"--levels {','.join(map(str, levels))}: faiss takes powers of two only, {size} is none; "
-                "use rq.rqkmeans"
+                f"--levels {','.join(map(str, levels))}: faiss takes powers of two only, {size} is none; use rq.rqkmeans"
             )
     n_bits = faiss.UInt64Vector()
     for size in levels:
@@ -44,9 +43,7 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
 @command_line.command("rqfaiss")
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> faiss's residual codebooks -> index."""
-    parser = command_line.parser(
-        "rqfaiss", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
-    )
+    parser = command_line.parser("rqfaiss", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output"))
     parser.add_argument("--beam", type=command_line.at_least(1), default=5, help="partial codes kept at each level (5)")
     flags = parser.parse_args(argv)
     command_line.single_process("rqfaiss")

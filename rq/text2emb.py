@@ -139,9 +139,7 @@ class HuggingFaceEncoder:
             model = AutoModel.from_pretrained(name, dtype=dtype)
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
-            raise BadInput(
-                f"--encoder {name}: {first_line} Expected tfidf, a folder, or a Hugging Face name"
-            ) from error
+            raise BadInput(f"--encoder {name}: {first_line} Expected tfidf, a folder, or a Hugging Face name") from error
         config = model.config
         self.model = (model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model).to(device).eval()
         self.n_dims = config.hidden_size
@@ -150,9 +148,7 @@ class HuggingFaceEncoder:
             max_len, self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_len
         )
         self.batch_size, self.device = batch_size, device
-        self.tokenizer.padding_side = (
-            "right"  # absolute positions then start at 0, and a causal model never sees padding
-        )
+        self.tokenizer.padding_side = "right"  # absolute positions then start at 0, and a causal model never sees padding
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.convert_ids_to_tokens(0)
 
@@ -177,9 +173,7 @@ class HuggingFaceEncoder:
         return rows_ND, sum(length > self.max_len for length in lengths)
 
 
-def embed_with_model(
-    texts: Sequence[str], rows_ND: "np.ndarray", encoder: HuggingFaceEncoder, *, progress: bool
-) -> int:
+def embed_with_model(texts: Sequence[str], rows_ND: "np.ndarray", encoder: HuggingFaceEncoder, *, progress: bool) -> int:
     """Fill `rows_ND`; texts that are empty get zeros. Returns how many texts were truncated."""
     from tqdm import tqdm
 
@@ -221,9 +215,7 @@ def write_tfidf(texts: Sequence[str], flags: argparse.Namespace) -> None:
         fitted = load_tfidf(Path(flags.encoder))
     words, idf_V, components_DV = fitted
     with whole_path(flags.output) as temporary:
-        rows_ND = np.lib.format.open_memmap(
-            temporary, mode="w+", dtype=np.float32, shape=(len(texts), len(components_DV))
-        )
+        rows_ND = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(texts), len(components_DV)))
         embed_with_tfidf(texts, rows_ND, words=words, idf_V=idf_V, components_DV=components_DV)
         unknown = sum(bool(text) for text, row_D in zip(texts, rows_ND, strict=True) if not row_D.any())
         if unknown:
@@ -324,9 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     items = read_items(flags.item_file)
     texts = [item_text(item, fields) for item in items]
     empty = sum(not text for text in texts)
-    log.info(
-        "%s items, %s with no text in %s (their rows are zero)", f"{len(texts):,}", f"{empty:,}", ", ".join(fields)
-    )
+    log.info("%s items, %s with no text in %s (their rows are zero)", f"{len(texts):,}", f"{empty:,}", ", ".join(fields))
     if empty == len(texts):
         raise BadInput(f"{flags.item_file}: no item has text in {', '.join(fields)}; check --fields")
     if flags.encoder == "tfidf" or (Path(flags.encoder) / VOCABULARY).exists():

@@ -72,9 +72,7 @@ def measure(quantizer: Quantizer, sample_SD: np.ndarray) -> Measure:
     return Measure(error, 1 - len(np.unique(codes_SL, axis=0)) / len(codes_SL))
 
 
-def batches(
-    embeddings: Embeddings, size: int, *, rng: np.random.Generator, rank: int, world: int
-) -> Iterator[np.ndarray]:
+def batches(embeddings: Embeddings, size: int, *, rng: np.random.Generator, rank: int, world: int) -> Iterator[np.ndarray]:
     """One epoch of shuffled batches, this process's share of
     each: chunks in random order, rows shuffled within a chunk.
     """
@@ -145,9 +143,7 @@ def train(quantizer: Quantizer, embeddings: Embeddings, sample_SD: np.ndarray, f
             if epoch <= flags.revive_until * flags.epochs:
                 revive(quantizer, optimizer, sample_SD, accelerator=accelerator, generator=generator)
     quantizer.load_state_dict(best_state)
-    log.info(
-        "best (%s): %.4f of the variance left, %.2f %% collisions", flags.keep_best, best.error, 100 * best.collisions
-    )
+    log.info("best (%s): %.4f of the variance left, %.2f %% collisions", flags.keep_best, best.error, 100 * best.collisions)
     return quantizer.eval()
 
 

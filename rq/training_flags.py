@@ -41,12 +41,8 @@ def add(parser: argparse.ArgumentParser, *, hidden: tuple[int, ...], learning_ra
         metavar="E1,E2,..",
         help="one a level: blur of Sinkhorn-balanced training, 0 for nearest (0 but on the last level: 0.003)",
     )
-    add(
-        "--eval_every", type=at_least(1), default=10, help="epochs between measurements and revivals of dead codes (10)"
-    )
-    add(
-        "--patience", type=at_least(0), default=20, help="stop after this many measurements without gain; 0: never (20)"
-    )
+    add("--eval_every", type=at_least(1), default=10, help="epochs between measurements and revivals of dead codes (10)")
+    add("--patience", type=at_least(0), default=20, help="stop after this many measurements without gain; 0: never (20)")
     add(
         "--revive_until",
         type=at_least(0, kind=float),

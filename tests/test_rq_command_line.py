@@ -141,9 +141,7 @@ def test_a_row_with_nan_is_named(embeddings, tmp_path, capsys):
 )
 def test_embeddings_that_are_no_float_matrix_are_refused(array, told, tmp_path, capsys):
     np.save(tmp_path / "E.npy", array, allow_pickle=True)
-    assert told in complaint(
-        rqkmeans.main, capsys, "--data_path", tmp_path / "E.npy", "--output", tmp_path / "X.index.json"
-    )
+    assert told in complaint(rqkmeans.main, capsys, "--data_path", tmp_path / "E.npy", "--output", tmp_path / "X.index.json")
 
 
 def test_item_ids_with_a_gap_are_named(embeddings, tmp_path, capsys):

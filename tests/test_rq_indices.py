@@ -135,9 +135,7 @@ def test_relocation_without_room_says_so_and_keeps_the_rest(caplog):
 
 def test_published_sids_block_their_codes():
     codes = np.array([[7, 1]])
-    assert resolve(codes, policy="relocate", n_last=4, costs=line_of_codes, published=[(7, 1), (7, 0), (7, 2)]) == [
-        (7, 3)
-    ]
+    assert resolve(codes, policy="relocate", n_last=4, costs=line_of_codes, published=[(7, 1), (7, 0), (7, 2)]) == [(7, 3)]
     assert resolve(codes, policy="token", n_last=4, published=[(7, 1, 0), (7, 1, 1)]) == [(7, 1, 2)]
     assert resolve(codes, policy="token", n_last=4, published=[(7, 2)]) == [(7, 1)]
 
@@ -205,9 +203,7 @@ def test_appending_with_other_embeddings_is_refused(catalogue_with_duplicates, t
     )
     before = output.read_bytes()
     other = save(tmp_path / "other.npy", np.random.default_rng(9).normal(size=(70, 8)).astype(np.float32))
-    told = refusal(
-        generate_indices.main, "--data_path", other, "--ckpt_path", checkpoint, "--output", output, "--append"
-    )
+    told = refusal(generate_indices.main, "--data_path", other, "--ckpt_path", checkpoint, "--output", output, "--append")
     assert "append with the checkpoint and the text encoder the index was made with" in told
     assert output.read_bytes() == before
     told = refusal(
@@ -225,13 +221,9 @@ def test_appending_with_other_embeddings_is_refused(catalogue_with_duplicates, t
 
 def test_a_code_outside_its_codebook_is_named(tmp_path):
     codes = save(tmp_path / "codes.npy", np.array([[0, 1], [3, 4]]))
-    told = refusal(
-        generate_indices.main, "--codes_path", codes, "--levels", "4,4", "--output", tmp_path / "X.index.json"
-    )
+    told = refusal(generate_indices.main, "--codes_path", codes, "--levels", "4,4", "--output", tmp_path / "X.index.json")
     assert "item 1 has code 4 at level 2, whose codebook holds 0..3" in told
-    told = refusal(
-        generate_indices.main, "--codes_path", codes, "--levels", "4,4,4", "--output", tmp_path / "X.index.json"
-    )
+    told = refusal(generate_indices.main, "--codes_path", codes, "--levels", "4,4,4", "--output", tmp_path / "X.index.json")
     assert "expected whole numbers of shape (N items, 3 levels)" in told
     assert not (tmp_path / "X.index.json").exists()
 

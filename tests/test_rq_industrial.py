@@ -30,9 +30,7 @@ def test_from_items_alone_to_an_index_and_five_hundred_more_appended(tmp_path):
     first_items(tmp_path, 3_186)
     text2emb.main(["--item_file", str(some), "--output", str(rows), "--dim", "32"])
     common = ["--output", str(output), "--ckpt_path", str(tmp_path / "c"), "--device", "cpu"]
-    rqkmeans.main(
-        ["--item_file", str(some), "--data_path", str(rows), "--levels", "64,64,64", "--rounds", "3", *common]
-    )
+    rqkmeans.main(["--item_file", str(some), "--data_path", str(rows), "--levels", "64,64,64", "--rounds", "3", *common])
     before = output.read_text().splitlines()[:-1]
     assert len(set(read_index(output).values())) == len(before) == 3_186
 

@@ -134,8 +134,7 @@ def test_leave_one_out_gives_each_user_one_test_and_one_valid_row(tables, tmp_pa
 
 def test_the_global_split_is_by_time_of_the_target():
     by_user = [
-        [prepare.Window(user, (0,), 1, time=10 * at + user_at) for at in range(5)]
-        for user_at, user in enumerate("abcd")
+        [prepare.Window(user, (0,), 1, time=10 * at + user_at) for at in range(5)] for user_at, user in enumerate("abcd")
     ]
     parts = prepare.split_windows(by_user, split="global")
     assert [len(part) for part in parts.values()] == [16, 2, 2]
@@ -188,12 +187,9 @@ def test_csvs_are_replaced_only_with_overwrite(tables, tmp_path):
 @pytest.mark.parametrize("kind", ["parquet", "json", "json.gz"])
 def test_parquet_and_amazon_json_lines_give_what_csv_gives(tables, tmp_path, kind):
     run(tables, tmp_path / "csv")
-    reviews = [
-        {"reviewerID": user, "asin": item, "unixReviewTime": time, "overall": 5.0} for user, item, time in ROWS[:-1]
-    ]
+    reviews = [{"reviewerID": user, "asin": item, "unixReviewTime": time, "overall": 5.0} for user, item, time in ROWS[:-1]]
     metadata = [
-        {"asin": item, "title": title, "description": ["Steel.", "Big."] if item == "p" else []}
-        for item, title, _ in ITEMS
+        {"asin": item, "title": title, "description": ["Steel.", "Big."] if item == "p" else []} for item, title, _ in ITEMS
     ]
     other = {name: tmp_path / f"{name}.{kind}" for name in ("interactions", "items")}
     for name, records in (("interactions", reviews), ("items", metadata)):

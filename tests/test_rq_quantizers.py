@@ -84,10 +84,7 @@ def test_codes_are_those_of_faiss_for_the_same_codebooks_and_beam(clustered, bea
     books = faiss.vector_to_array(oracle.codebooks).reshape(3, 32, 16)
     own = quantizers.quantizer_from_codebooks(Design("rqfaiss", 16, (32, 32, 32), beam=beam), books)
     unpacked = np.array(
-        [
-            [int(bits[level * 5 : level * 5 + 5][::-1], 2) for level in range(3)]
-            for bits in bit_strings(oracle, clustered)
-        ]
+        [[int(bits[level * 5 : level * 5 + 5][::-1], 2) for level in range(3)] for bits in bit_strings(oracle, clustered)]
     )
     same = (own.codes(clustered) == unpacked).all(axis=1)
     assert same.mean() > 0.995  # what is left are ties to the last float32 digit
@@ -316,9 +313,7 @@ def test_rqkmeans_plus_starts_as_balanced_rqkmeans_exactly_and_ends_below_rqkmea
         (rqkmeans_plus, ("--epochs", "2", "--hidden", "12")),
     ],
 )
-def test_every_method_goes_from_embeddings_to_an_index_and_a_checkpoint_without_pickle(
-    module, extra, data_path, tmp_path
-):
+def test_every_method_goes_from_embeddings_to_an_index_and_a_checkpoint_without_pickle(module, extra, data_path, tmp_path):
     output, checkpoint, codes = tmp_path / "X.index.json", tmp_path / "c", tmp_path / "codes.npy"
     module.main(
         ["--data_path", str(data_path), "--levels", "8,4,16", "--output", str(output), "--ckpt_path", str(checkpoint)]
@@ -336,9 +331,7 @@ def test_every_method_goes_from_embeddings_to_an_index_and_a_checkpoint_without_
 
 def test_training_resumes_from_a_checkpoint_of_its_own_kind_only(data_path, tmp_path):
     common = ["--data_path", str(data_path), "--epochs", "1", "--hidden", "12", "--latent", "4"]
-    rqvae.main(
-        [*common, "--levels", "8,8", "--output", str(tmp_path / "1.index.json"), "--ckpt_path", str(tmp_path / "c")]
-    )
+    rqvae.main([*common, "--levels", "8,8", "--output", str(tmp_path / "1.index.json"), "--ckpt_path", str(tmp_path / "c")])
     rqvae.main(
         [
             *common,

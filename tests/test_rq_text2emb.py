@@ -21,9 +21,7 @@ WORDS = ["steel", "drill", "bit", "glue", "red", "blue", "small", "large", "tape
 @pytest.fixture
 def item_file(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    items = {
-        str(i): {"title": " ".join(rng.choice(WORDS, 1 + i % 5)), "description": "", "brand": ""} for i in range(30)
-    }
+    items = {str(i): {"title": " ".join(rng.choice(WORDS, 1 + i % 5)), "description": "", "brand": ""} for i in range(30)}
     items["3"]["title"] = ""
     items["7"]["description"] = "['steel saw.', 'red']"
     path = tmp_path / "X.item.json"
@@ -56,9 +54,7 @@ def embed(item_file: Path, output: Path, *extra: object) -> np.ndarray:
 
 
 def test_descriptions_that_are_lists_are_read_as_lists():
-    assert (
-        item_text({"title": "Saw", "description": "['Cuts  well.', \"It's sharp.\"]"}) == "Saw Cuts well. It's sharp."
-    )
+    assert item_text({"title": "Saw", "description": "['Cuts  well.', \"It's sharp.\"]"}) == "Saw Cuts well. It's sharp."
     assert item_text({"title": "Saw", "description": "[50-Pack] of saws"}) == "Saw [50-Pack] of saws"
     assert item_text({"title": "", "description": "[]", "brand": None}) == ""
     assert item_text({"title": "A", "brand": "B", "categories": "C"}, ("brand", "title")) == "B A"

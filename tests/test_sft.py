@@ -69,6 +69,7 @@ def test_a_freeze_run_from_the_command_line_moves_only_the_sid_rows(flags, base,
         "Unfrozen 20 new token embeddings (indices ",
         "Trainable parameters (with grad-mask): 640 / ",
         "That is 20 rows x 32 wide x 1 table; the optimizer holds 0.0 MB",
+        "Learning rate 0.03: a tenth of the spread of the embedding's values (0.3)",
         "frozen values changed: 0",
     ):
         assert line in log

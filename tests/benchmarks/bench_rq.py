@@ -67,9 +67,7 @@ def measured(command: list[str]) -> tuple[str, float, float]:
 
 def heading(title: str) -> str:
     """Hardware, command, commit and date, as every result in the tree has them."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in cpu_lines if "model name" in line]
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
@@ -120,9 +118,7 @@ def catalogue(flags: argparse.Namespace) -> str:
     folder, data = flags.folder, flags.folder / "E.npy"
     run = [sys.executable, "-m"]
     normalize = ["--normalize"] if flags.normalize else []
-    measured(
-        [*run, "rq.text2emb", "--item_file", str(flags.item_file), "--output", str(data), "--overwrite", *normalize]
-    )
+    measured([*run, "rq.text2emb", "--item_file", str(flags.item_file), "--output", str(data), "--overwrite", *normalize])
     times = []
     for method in METHODS:
         output, checkpoint = folder / f"{method}.index.json", folder / method
