@@ -160,7 +160,7 @@ def freeze_llm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
 
 def rows_learning_rate(model: PreTrainedModel, known: int) -> float:
     """Freeze mode's default learning rate, from the standard deviation of the embedding's first `known` rows."""
-    spread = float(model.get_input_embeddings().weight[:known].float().std())
+    spread = float(model.get_input_embeddings().weight[:known].detach().float().std())
     rate = float(f"{FREEZE_STEP * spread:.2g}")
     logger.info(f"Learning rate {rate:g}: a tenth of the spread of the embedding's values ({spread:.2g})")
     return rate
@@ -367,7 +367,7 @@ def train(
         logger.info(f"{len(tokens) - len(new_ids)} of {len(tokens)} SID tokens were there already and keep their rows")
     grow_embeddings(model, len(tokenizer))
     init_rows(model, new_ids, known_tokens, flags.seed)
-    model.to(compute_dtype(flags, base_dtype))
+    model.to(args.device, compute_dtype(flags, base_dtype))  # before the rows are copied, which stay beside it
     rows = freeze_llm(model, tokenizer, tokens) if flags.freeze_LLM else None
     if rows is None:
         total = sum(parameter.numel() for parameter in model.parameters())
