@@ -44,6 +44,7 @@ from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user,
 HEAD_CHUNK = 16_000_000  # logits held at a time, in values: 64 MB in float32, large enough to keep a matmul busy
 TAIL_TOKENS = 32  # tail tokens per example of a micro-batch, on average: bounds the activations kept for the backward
 STATIC_TOKENS = 128  # the same for static tokens, which keep no activations, and for the known keys that tails read
+FILL_TOKENS = 1024  # static tokens that are run and kept at a time: the first steps meet many trees, so no more than needed
 TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 
 
@@ -345,7 +346,7 @@ class FrozenPrefix:
         sizes = [(self.tree_task(number), len(tree.tokens), number) for number, (_, tree) in self.trees.items()]
         fills: list[list[int]] = []
         for task, size, number in sorted(sizes):
-            full = fills and (len(fills[-1]) + 1) * size > self.static_tokens
+            full = fills and (len(fills[-1]) + 1) * size > FILL_TOKENS
             if not fills or full or self.tree_task(fills[-1][0]) != task:
                 fills.append([])
             fills[-1].append(number)
