@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
@@ -809,11 +810,14 @@ def write_dataset(
         notes.append(
             f"{reserved:,} titles or preferences hold a SID or special token as text, which is read as that token"
         )
+    examples, cut = count_examples(encoded)
+    counts = zip(names, map(len, parts), (list(TASKS).index(name) for name in names), strict=True)
     summary = {
         "files": [Path(file["filename"]).name for file in encoded.cache_files],
         "notes": notes,
         "tasks": {
-            name: {"rows": len(part), **count_examples(encoded, name)} for name, part in zip(names, parts, strict=True)
+            name: {"rows": count, "examples": int(examples[number]), "cut": int(cut[number])}
+            for name, count, number in counts
         },
     }
     for table in tables.values():
@@ -831,16 +835,15 @@ def sample_of(count: int, sample: int, seed: int, task: Task) -> Sequence[int]:
     return np.sort(np.random.default_rng([seed, list(TASKS).index(task.name)]).choice(count, sample, replace=False))
 
 
-def count_examples(encoded: Dataset, name: str) -> dict[str, int]:
-    """How many examples a task has, and how many of them were cut."""
+def count_examples(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """How many examples each task of TASKS has, and how many of them lost items to the cutoff."""
     import numpy as np
 
-    examples = cut = 0
+    counts = np.zeros((2, len(TASKS)), np.int64)
     for batch in encoded.select_columns(["task", "dropped"]).with_format("numpy").iter(100_000):
-        mine = batch["task"] == list(TASKS).index(name)
-        examples += int(np.count_nonzero(mine))
-        cut += int(np.count_nonzero(batch["dropped"][mine]))
-    return {"examples": examples, "cut": cut}
+        for row, tasks in zip(counts, (batch["task"], batch["task"][batch["dropped"] > 0]), strict=True):
+            row += np.bincount(tasks, minlength=len(TASKS))
+    return counts[0], counts[1]
 
 
 def preferences_of(table: Dataset | None) -> Iterable[str]:
