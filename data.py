@@ -28,7 +28,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
@@ -238,7 +237,7 @@ def read_rows(path: Path, catalogue: Catalogue, tell: Callable[[str], None] = lo
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of its last line, column -> cell) of each row of an interaction CSV."""
-    csv.field_size_limit(sys.maxsize)  # a history of titles has no natural limit; csv's own is 128 KiB
+    csv.field_size_limit(2**31 - 1)  # a history of titles has no natural limit; csv's own is 128 KiB
     reader = csv.reader(read_lines(path), strict=True)
     try:
         header = next(reader, None)
@@ -440,9 +439,10 @@ def read_prompts(path: Path | None, category: str) -> dict[str, str]:
         if unknown := own.keys() - templates.keys():
             raise InputError(f"{path}: unknown task {min(unknown)!r}; the tasks are {', '.join(TASKS)}")
         templates.update(own)
+    templates = {name: text.replace("{category}", category_name(category)) for name, text in templates.items()}
     for name, template in templates.items():
         check_template(f"{path or 'prompts'}: {name!r}", template, TASKS[name])
-    return {name: template.replace("{category}", category_name(category)) for name, template in templates.items()}
+    return templates
 
 
 def check_template(where: str, template: str, task: Task) -> None:
@@ -454,7 +454,7 @@ def check_template(where: str, template: str, task: Task) -> None:
             raise InputError(f"{where} has {template.count(field)} {field}; expected one")
     if task.rows != "items" and not template.endswith("{history}"):
         raise InputError(f"{where} must end with {{history}}: what is constant comes first, the history last")
-    if unknown := set(re.findall(r"\{\w+\}", template)) - {*fields, "{category}"}:
+    if unknown := set(re.findall(r"\{\w+\}", template)) - set(fields):
         raise InputError(f"{where} has {min(unknown)}; expected only {', '.join(fields)} and {{category}}")
 
 
@@ -499,7 +499,7 @@ class Example(NamedTuple):
     dropped: int
 
 
-# Pre-tokenizer patterns of GPT-2, of Qwen2 to Qwen3 and of Llama-3: see `splits_at_lines`.
+# The pre-tokenizer patterns of GPT-2, of Qwen2 and of Llama-3: see `splits_at_lines`.
 LINE_PATTERNS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -534,21 +534,19 @@ class Encoder:
     def encode(self, task: Task, rows: list[Row]) -> list[Example | None]:
         """One example per row, or None where a text is missing or even the newest item alone is over the cutoff."""
         items = self.catalogue.items
-        kept = [[place for place in row.history if history_line(items[place], task.shows)] for row in rows]
+        kept = [[place for place in row.history if task.shows == "sid" or items[place].title] for row in rows]
         answers = self.answer_ids(task, rows)
         prompts: list[list[int] | None] = [None] * len(rows)
-        pending = [i for i, row in enumerate(rows) if (kept[i] or task.rows == "items") and self.has_texts(task, row)]
-        dropped = [0] * len(rows)
-        while pending:
-            encoded = self.prompt_ids(task, [rows[i]._replace(history=tuple(kept[i][dropped[i] :])) for i in pending])
-            too_long = []
-            for i, prompt in zip(pending, encoded, strict=True):
+        dropped, least, most = [0] * len(rows), [0] * len(rows), [max(len(history) - 1, 0) for history in kept]
+        trial = {i: 0 for i, row in enumerate(rows) if (kept[i] or task.rows == "items") and self.has_texts(task, row)}
+        while trial:  # bisects for the fewest items to drop, from none at all
+            shorter = [rows[i]._replace(history=tuple(kept[i][count:])) for i, count in trial.items()]
+            for (i, count), prompt in zip(trial.items(), self.prompt_ids(task, shorter), strict=True):
                 if len(prompt) + len(answers[i]) <= self.cutoff_len:
-                    prompts[i] = prompt
-                elif dropped[i] + 1 < len(kept[i]):
-                    dropped[i] += 1
-                    too_long.append(i)
-            pending = too_long
+                    prompts[i], dropped[i], most[i] = prompt, count, count - 1
+                else:
+                    least[i] = count + 1
+            trial = {i: (least[i] + most[i]) // 2 for i in trial if least[i] <= most[i]}
         return [
             None if prompt is None else self.example(prompt, answer, count)
             for prompt, answer, count in zip(prompts, answers, dropped, strict=True)
@@ -609,7 +607,7 @@ class Encoder:
     @functools.cached_property
     def titles(self) -> list[list[int]]:
         """Ids of each item's title as an answer."""
-        return self.tokenizer([item.title for item in self.catalogue.items], add_special_tokens=False)["input_ids"]
+        return self.text_ids([item.title for item in self.catalogue.items])
 
     @functools.cached_property
     def sid_lines(self) -> list[list[int]] | None:
@@ -984,13 +982,10 @@ class SFTDataset:
                     self.texts.append(render(task, row, catalogue, prompts))
 
     def rows(self, file: str | None, catalogue: Catalogue) -> list[Row]:
-        if self.source_kind == "items":
-            return [Row("", (), place) for place in range(len(catalogue.items))]
-        if file is None:
+        if file is None and self.source_kind != "items":
             raise InputError(f"{type(self).__name__}: needs the file of its {self.source_kind}")
-        if self.source_kind == "preferences":
-            return list(read_preferences(Path(file), catalogue, "train"))
-        return list(read_rows(Path(file), catalogue))
+        path = Path(file) if file else None
+        return list(source_rows(self.source_kind, Source(path, path), catalogue, logger.info))
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -134,6 +134,65 @@ def test_lines_are_encoded_once_exactly_where_the_rules_allow_it(folder):
     assert by_title == {"gpt2", "qwen2", "llama3"}
 
 
+def changed(tokenizer, change):
+    """A tokenizer with other rules."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(rules)
+    core = toy.Tokenizer.from_str(json.dumps(rules))
+    return toy.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+def added(content, **options):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return lambda rules: rules["added_tokens"].append(
+        {"id": len(rules["model"]["vocab"]) + len(rules["added_tokens"]) - 1, "content": content, **flags, **options}
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rules: rules["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda rules: rules["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True),
+        lambda rules: rules["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithNext"),
+        lambda rules: rules["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True}),
+        lambda rules: rules.update(pre_tokenizer=rules["pre_tokenizer"]["pretokenizers"][1]),
+        lambda rules: rules.update(pre_tokenizer=None),
+        lambda rules: rules.update(normalizer={"type": "Lowercase"}),
+        added("\n"),
+        added("%\n/"),
+        added("Tape", lstrip=True),
+        added("Gloves", rstrip=True),
+        added("Gloves", single_word=True),
+    ],
+)
+def test_titles_are_encoded_whole_where_a_rule_is_not_one_that_is_known(folder, change):
+    tokenizer, catalogue, prompts = (
+        changed(toy.TOKENIZERS["qwen2"](), change),
+        catalogue_of(folder),
+        read_prompts(None, "Toys"),
+    )
+    encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=512)
+    assert encoder.lines("title") is None
+    for task in (TASKS["title_sid"], TASKS["sid_sid"]):
+        rows = rows_of(task, folder, catalogue)
+        for row, example in zip(rows, encoder.encode(task, rows), strict=True):
+            text = render(task, row, catalogue, prompts)[0]
+            assert example.input_ids[: example.prompt_len] == tokenizer(text)["input_ids"]
+
+
+def test_titles_are_encoded_whole_where_chance_decides(folder):
+    tokenizer = changed(toy.TOKENIZERS["qwen2"](), lambda rules: rules["model"].update(dropout=0.5))
+    encoder = Encoder(tokenizer, catalogue_of(folder), read_prompts(None, "Toys"), cutoff_len=512)
+    assert encoder.lines("title") is None
+
+
+def test_the_tokenizer_of_qwen2_has_a_known_pattern():
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    assert PRETOKENIZE_REGEX in data.LINE_PATTERNS
+
+
 def test_a_pattern_that_joins_lines_would_give_other_ids_line_by_line(folder):
     tokenizer = toy.TOKENIZERS["o200k-like"]()
     whole = tokenizer("5%\n/slash")["input_ids"]
@@ -154,13 +213,11 @@ def test_an_added_token_that_reaches_into_a_sid_makes_whole_texts_be_encoded(fol
 
 
 def test_sid_tokens_that_take_white_space_from_beside_them_make_whole_texts_be_encoded(folder):
-    tokenizer = toy.byte_level()
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in core["added_tokens"]:
-        token["rstrip"] = token["content"] == "<c_1>"
-    tokenizer = toy.PreTrainedTokenizerFast(
-        tokenizer_object=toy.Tokenizer.from_str(json.dumps(core)), eos_token="<eos>", pad_token="<pad>"
-    )
+    def strip(rules):
+        for token in rules["added_tokens"]:
+            token["rstrip"] = token["content"] == "<c_1>"
+
+    tokenizer = changed(toy.byte_level(), strip)
     catalogue, prompts = catalogue_of(folder), read_prompts(None, "Toys")
     encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=512)
     assert encoder.lines("sid") is None
@@ -294,6 +351,21 @@ def test_the_cutoff_drops_whole_oldest_items_and_keeps_template_and_answer(folde
         assert (after["dropped"] == 0) == (before["length"] < longest)
         changed += after["dropped"] > 0
     assert caplog.text.count(f"{task}: {changed} of 5 examples lost old items to --cutoff_len {longest - 1}") == 1
+
+
+@pytest.mark.parametrize("task", ["sid_sid", "title_sid"])
+def test_a_very_long_history_is_cut_to_the_longest_that_fits(folder, task):
+    catalogue, prompts = catalogue_of(folder), read_prompts(None, "Toys")
+    encoder = Encoder(toy.byte_level(), catalogue, prompts, cutoff_len=512)
+    row = Row("ann", tuple(range(4)) * 5000, 4)
+    (example,) = encoder.encode(TASKS[task], [row])
+    longer = row._replace(history=row.history[example.dropped - 1 :])
+    answer = len(example.input_ids) - example.prompt_len
+    assert len(example.input_ids) <= 512 < len(encoder.prompt_ids(TASKS[task], [longer])[0]) + answer
+    assert (
+        example.input_ids[: example.prompt_len]
+        == encoder.prompt_ids(TASKS[task], [row._replace(history=row.history[example.dropped :])])[0]
+    )
 
 
 def test_an_example_over_the_cutoff_with_its_newest_item_alone_is_left_out_and_counted(folder, caplog):
@@ -637,6 +709,7 @@ def test_wording_of_ones_own_replaces_that_of_its_task_alone(tmp_path):
         ({"sid_sid": "{item}: {history}"}, "'sid_sid' has {item}; expected only {history} and {category}"),
         ({"item_sid_title": "{history}"}, "'item_sid_title' has 0 {item}; expected one"),
         ({"preference": "{preference}: {history}"}, "'preference' has {preference}; expected only {history}"),
+        ({"sid_sid": "{category}{item}{history}"}, "'sid_sid' has {item}"),
         ({"preference_sid": "{history}"}, "'preference_sid' has 0 {preference}; expected one"),
     ],
 )
