@@ -554,7 +554,8 @@ class Encoder:
 
     def example(self, prompt: list[int], answer: list[int], dropped: int) -> Example:
         ids = prompt + answer
-        static_len = next((place for place, token in enumerate(ids) if token in self.sid_token_ids), len(ids))
+        begin = len(prompt) if self.sid_token_ids.isdisjoint(prompt) else 0  # a title history is long and has none
+        static_len = next((place for place in range(begin, len(ids)) if ids[place] in self.sid_token_ids), len(ids))
         return Example(ids, len(prompt), static_len, dropped)
 
     def has_texts(self, task: Task, row: Row) -> bool:
@@ -886,15 +887,16 @@ def example_features() -> Features:
 
 def encode_batch(batch: dict[str, list], *, encoder: Encoder) -> dict[str, list]:
     """Columns of rows -> columns of examples; rows that give no example are left out."""
-    examples: list[dict[str, Any]] = []
+    examples: list[tuple] = []
     columns = zip(*(batch[name] for name in ("task", "user", "history", "item", "preference")), strict=True)
     for number, group in groupby(columns, key=itemgetter(0)):
         _, users, *fields = zip(*group, strict=True)
         rows = [Row("", tuple(history), *rest) for history, *rest in zip(*fields, strict=True)]
         for example, user in zip(encoder.encode(list(TASKS.values())[number], rows), users, strict=True):
             if example:
-                examples.append({**example._asdict(), "length": len(example.input_ids), "task": number, "user": user})
-    return {name: [example[name] for example in examples] for name in example_features()}
+                examples.append((*example, len(example.input_ids), number, user))
+    names = (*Example._fields, "length", "task", "user")
+    return {name: [example[place] for example in examples] for place, name in enumerate(names)}
 
 
 def open_dataset(folder: Path, cutoff_len: int) -> Dataset:
