@@ -52,7 +52,7 @@ CSV_COLUMNS = (
     "item_sid",
 )
 SEPARATOR = "\n"  # ends each item of a history; titles are single lines, so it never stands inside one
-CACHE_FORMAT = 1  # raise it when the ids of the same text and files change
+CACHE_FORMAT = 2  # raise it when the ids of the same text and files change
 
 
 class InputError(ValueError):
