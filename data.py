@@ -648,7 +648,8 @@ def sids_stand_alone(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -
     """Whether SID tokens are cut out of a text before anything else, so that each part between them is read alone.
 
     So it is in a `tokenizers` tokenizer whose SID tokens are added, unnormalized tokens without conditions on what
-    stands beside them, if no other added token can begin inside a SID token, end inside one or contain one.
+    stands beside them, if no other added token can begin inside a SID token, end inside one or contain one. (One that
+    takes white space from beside it stops at a SID token, which has none.)
     """
     rules = tokenizer_rules(tokenizer)
     if rules is None:
@@ -660,7 +661,7 @@ def sids_stand_alone(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -
             wanted.discard(token["content"])
             if any(token[condition] for condition in conditions):
                 return False
-        elif token["lstrip"] or token["rstrip"] or re.search(r"(?s:.)<|>(?s:.)", token["content"]):
+        elif re.search(r"(?s:.)<|>(?s:.)", token["content"]):
             return False
     return not wanted
 

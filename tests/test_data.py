@@ -76,10 +76,10 @@ def rows_of(task, folder, catalogue):
     return list(read_rows(folder / "toy.csv", catalogue))
 
 
-def build(folder, tasks=TASK_GROUPS, tokenizer=None, **options):
+def build(folder, tasks=TASK_GROUPS, tokenizer=None, split="train", **options):
     options = {"cutoff_len": 512, "cache_dir": folder / "cache", "prompts": read_prompts(None, "Toys")} | options
     return build_dataset(
-        Source(folder / "toy.csv", folder / "toy.preferences.json"),
+        Source(folder / "toy.csv", folder / "toy.preferences.json", split),
         list(tasks),
         **{"catalogue": catalogue_of(folder), "tokenizer": tokenizer or toy.byte_level(), **options},
     )
@@ -210,6 +210,23 @@ def test_an_added_token_that_reaches_into_a_sid_makes_whole_texts_be_encoded(fol
     for row, example in zip(rows, encoder.encode(TASKS["sid_sid"], rows), strict=True):
         text = render(TASKS["sid_sid"], row, catalogue, prompts)[0]
         assert example.input_ids[: example.prompt_len] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("options", [{"lstrip": True}, {"rstrip": True}, {"single_word": True}])
+@pytest.mark.parametrize("token", ["\n", "per line", "customer"])
+def test_other_added_tokens_that_take_white_space_leave_sid_lines_exact(folder, token, options):
+    tokenizer, catalogue = changed(toy.byte_level(), added(token, **options)), catalogue_of(folder)
+    path = toy.write_json(
+        folder / "prompts.json", {"sid_sid": "one customer \n \n{history}", "sid_title": "per line{history}"}
+    )
+    prompts = read_prompts(path, "Toys")
+    encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=512)
+    assert encoder.lines("sid") is not None
+    for task in (TASKS["sid_sid"], TASKS["sid_title"]):
+        rows = rows_of(task, folder, catalogue)
+        for row, example in zip(rows, encoder.encode(task, rows), strict=True):
+            text = render(task, row, catalogue, prompts)[0]
+            assert example.input_ids[: example.prompt_len] == tokenizer(text)["input_ids"]
 
 
 def test_sid_tokens_that_take_white_space_from_beside_them_make_whole_texts_be_encoded(folder):
@@ -387,6 +404,8 @@ def test_sampling_is_decided_by_the_seed_and_the_task_alone(folder):
     assert sample(1) == sample(1)
     assert len({repr(sample(seed)) for seed in range(6)}) > 1
     assert sample(1, ["title_sid"]) == sample(1)[3:]
+    drawn = [build(folder, ["sid_sid", "title_sid"], sample=3, seed=seed)["user"][:] for seed in range(6)]
+    assert any(users[:3] != users[3:] for users in drawn)  # each task draws for itself
     everything = [(row["task"], row["input_ids"]) for row in build(folder, ["sid_sid", "title_sid"])]
     assert [row for row in everything if row in sample(1)] == sample(1)
     assert len(build(folder, ["sid_sid"], sample=99)) == 5
@@ -739,6 +758,8 @@ def test_whatever_decides_the_ids_makes_another_dataset(folder):
     first = build(folder).cache_files
     assert build(folder, cutoff_len=511).cache_files != first
     assert build(folder, seed=7).cache_files != first
+    assert build(folder, sample=2).cache_files != first
+    assert build(folder, split="valid").cache_files != first
     assert build(folder, prompts=read_prompts(None, "Books")).cache_files != first
     assert build(folder, tokenizer=toy.metaspace("first")).cache_files != first
     toy.write_csv(folder / "toy.csv", [toy.csv_row("ann", "01", "2")])
