@@ -601,6 +601,9 @@ class Encoder:
             if task.answers == "title":
                 self.answer_ids(task, [Row("", (), 0)])
 
+    def needs_whole_texts(self, names: list[str]) -> bool:
+        return any(TASKS[name].rows != "items" and self.lines(TASKS[name].shows) is None for name in names)
+
     def lines(self, shows: str) -> list[list[int]] | None:
         """The ids of each item's line in a history, or None where the ids of a history are not those of its lines."""
         return self.sid_lines if shows == "sid" else self.title_lines
@@ -798,7 +801,7 @@ def write_dataset(
         functools.partial(encode_batch, encoder=encoder),
         batched=True,
         batch_size=1000,
-        num_proc=processes(len(rows), num_proc),
+        num_proc=processes(len(rows), num_proc, whole_texts=encoder.needs_whole_texts(names)),
         remove_columns=rows.column_names,
         features=example_features(),
         cache_file_name=str(folder / "examples.arrow"),
@@ -850,10 +853,10 @@ def preferences_of(table: Dataset | None) -> Iterable[str]:
     return () if table is None else table["preference"]
 
 
-def processes(rows: int, num_proc: int | None) -> int | None:
-    """How many processes encode: none beside this one for what one process does in a second."""
+def processes(rows: int, num_proc: int | None, *, whole_texts: bool) -> int | None:
+    """How many processes encode: none beside this one where starting them takes longer than they would save."""
     wanted = num_proc or min(os.cpu_count() or 1, 8)
-    return wanted if rows >= 20_000 and wanted > 1 else None
+    return wanted if rows >= (15_000 if whole_texts else 100_000) and wanted > 1 else None
 
 
 def source_rows(kind: str, source: Source, catalogue: Catalogue, tell: Callable[[str], None]) -> Iterable[Row]:

@@ -770,10 +770,16 @@ def test_whatever_decides_the_ids_makes_another_dataset(folder):
 
 def test_several_processes_write_the_examples_that_one_writes(folder, monkeypatch):
     one = build(folder, cache_dir=folder / "one")
-    monkeypatch.setattr(data, "processes", lambda rows, num_proc: num_proc)
+    monkeypatch.setattr(data, "processes", lambda rows, num_proc, whole_texts: num_proc)
     two = build(folder, cache_dir=folder / "two", num_proc=2)
     assert len(two.cache_files) == 2 * len(one.cache_files)
     assert two[:] == one[:]
+
+
+def test_processes_are_started_where_they_save_time():
+    assert data.processes(50_000, 4, whole_texts=False) is None
+    assert data.processes(50_000, 4, whole_texts=True) == data.processes(500_000, 4, whole_texts=False) == 4
+    assert data.processes(500_000, 1, whole_texts=True) is None
 
 
 def test_a_build_that_fails_leaves_no_dataset(folder):
