@@ -202,10 +202,13 @@ def report(result: dict) -> str:
         "",
         f"{result['ratio']:.1f} times the rows per second; {count:,} examples, "
         f"{result['same_ids']:,} of them with the same ids both ways.",
-        "",
-        "| CSV rows | examples | seconds | peak anonymous MB | peak mapped MB | disk MB |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
+    if result["builds"]:
+        lines += [
+            "",
+            "| CSV rows | examples | seconds | peak anonymous MB | peak mapped MB | disk MB |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
     for rows, build_ in result["builds"].items():
         lines.append(
             f"| {int(rows):,} | {build_['examples']:,} | {build_['build_s']:.1f} | {build_['anonymous_mb']:.0f} "
