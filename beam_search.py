@@ -1,0 +1,308 @@
+"""Constrained beam search: the catalogue's SIDs as a table on the device, all beams of a user in one sequence.
+
+    trie    = build_trie(score_sequences(sids, end_id), device)
+    decoder = SharedPromptDecoder(model, template)            # keys and values of the common beginning, once
+    found   = search(decoder, trie, prompts, num_beams=50)    # SID numbers and their log probabilities, best first
+
+The score of a SID is the sum of log p of its tokens under the model, normalised over the whole vocabulary: no length
+penalty, nothing renormalised over the allowed tokens. Where one SID is a prefix of another, the end token tells them
+apart and counts for both: (a) and (a, b) are scored as (a, end) and (a, b, end); all others without end token.
+
+The beams of a user are not rows of a batch but tokens of one sequence, each of which reads the prompt, its ancestors
+and itself. So the prompt's keys and values exist once per user, nothing is copied when beams are reordered, and a level
+costs one forward of B users x K tokens.
+
+Shapes: B users, K beams, F children of a node at most, P known keys, S prompt tokens, V vocabulary, D hidden size,
+N nodes of the trie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from frozen_prefix import HEAD_CHUNK, KnownKeys, Past, common_prefix, finish_logits, known_tokens, pad, sliding_window
+
+# ---------------------------------------------------------------------------------------------- the catalogue
+
+
+def score_sequences(sids: list[tuple[int, ...]], end_id: int) -> list[list[int]]:
+    """The ids whose log p are summed for each distinct SID: its own, and the end token where one SID begins another.
+
+    [(1, 5), (1, 5, 9), (2, 6)] with end 0 -> [[1, 5, 0], [1, 5, 9, 0], [2, 6]]. No sequence begins another.
+    """
+    whole = set(sids)
+    begun = {sid[:size] for sid in whole for size in range(1, len(sid))}
+    beginnings = whole & begun
+    return [
+        [*sid, end_id]
+        if sid in beginnings or any(sid[:size] in beginnings for size in range(1, len(sid)))
+        else list(sid)
+        for sid in sids
+    ]
+
+
+class Trie(NamedTuple):
+    """Token sequences, none of which begins another, as a tree in CSR form; node 0 is the root.
+
+    The children of node n are the nodes start[n] .. start[n + 1] - 1. token (N,): what leads to a node. leaf (N,): the
+    number of the sequence that ends there, or -1. sequences: how many there are. Per level: the most children of one
+    node, how many nodes have children below it, and whether a sequence ends at it.
+    """
+
+    start: Tensor
+    token: Tensor
+    leaf: Tensor
+    sequences: int
+    fan_out: list[int]
+    inner: list[int]
+    ends: list[bool]
+
+    @property
+    def depth(self) -> int:
+        return len(self.fan_out)
+
+
+def build_trie(sequences: list[list[int]], device: torch.device | str = "cpu") -> Trie:
+    """[[1, 5], [1, 6], [2, 5]] -> token [0, 1, 2, 5, 6, 5], start [1, 3, 5, 6, 6, 6, 6], leaf [-1, -1, -1, 0, 1, 2]."""
+    matrix = pad([np.array(sequence) for sequence in sequences], fill=-1)
+    order = np.lexsort(matrix.T[::-1])
+    matrix = matrix[order]
+    lengths = (matrix >= 0).sum(1)
+    differs = np.zeros(len(matrix), dtype=bool)  # from the row before, within the levels seen so far
+    differs[0] = True
+    above = np.zeros(len(matrix), dtype=np.int64)  # the node that each row has reached
+    parents, tokens, leaves = [np.array([-1])], [np.array([0])], [np.array([-1])]
+    fan_out, inner, ends, nodes = [], [], [], 1
+    for level in range(matrix.shape[1]):
+        differs[1:] |= matrix[1:, level] != matrix[:-1, level]
+        alive = lengths > level
+        first = alive & differs
+        ending = np.where(lengths[first] == level + 1, order[first], -1)
+        parents.append(above[first])
+        tokens.append(matrix[first, level])
+        leaves.append(ending)
+        fan_out.append(int(np.bincount(above[first]).max()))
+        inner.append(int((ending < 0).sum()))
+        ends.append(bool((ending >= 0).any()))
+        above = np.where(alive, nodes + np.cumsum(first) - 1, -1)
+        nodes += int(first.sum())
+    start = np.searchsorted(np.concatenate(parents), np.arange(nodes + 1))
+    tensors = (torch.from_numpy(array).to(device) for array in (start, np.concatenate(tokens), np.concatenate(leaves)))
+    return Trie(*tensors, len(sequences), fan_out, inner, ends)
+
+
+# ---------------------------------------------------------------------------------------------- the model by levels
+
+
+class Decoder(Protocol):
+    """What a search needs of a model."""
+
+    model: PreTrainedModel
+
+    def begin(self, prompts: list[np.ndarray]) -> Tensor:
+        """Hidden states (B, 1, D) at the last token of each prompt; forgets the prompts before."""
+
+    def advance(self, tokens: Tensor, parent: Tensor) -> Tensor:
+        """Hidden states (B, K, D) at `tokens` (B, K), each of which continues beam `parent` (B, K) of the level."""
+
+
+class SharedPromptDecoder:
+    """Keys and values of a prompt once per user, of the prompts' common beginning (`template`) once in all."""
+
+    def __init__(self, model: PreTrainedModel, template: np.ndarray) -> None:
+        self.model, self.template, self.window = model, template, sliding_window(model)
+        self.past: Past = []
+        if len(template):
+            tokens = torch.from_numpy(template.astype(np.int64)).to(model.device)[None]
+            places = torch.arange(len(template), device=model.device)[None]
+            self.forward(tokens, places, places, (places[0][:, None] >= places[0])[None])
+        self.template_past = self.past
+
+    def begin(self, prompts: list[np.ndarray]) -> Tensor:
+        device, known = self.model.device, len(self.template)
+        self.past = [list(pieces) for pieces in self.template_past]
+        own = [prompt[known:] for prompt in prompts]
+        lengths = torch.tensor([len(tokens) for tokens in own], device=device)
+        tokens = torch.from_numpy(pad(own)).to(device)
+        size = tokens.shape[1]
+        places = torch.arange(known + size, device=device)
+        # Padding stands on the right: nothing real reads it in the causal order, and the beams are told not to.
+        causal = places[known:, None] >= places
+        self.key_positions = places.expand(len(own), -1)
+        hidden = self.forward(
+            tokens, self.key_positions[:, known:], self.key_positions, causal.expand(len(own), -1, -1)
+        )
+        self.seen = (places < known + lengths[:, None])[:, None]
+        self.position = known + lengths
+        return hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
+
+    def advance(self, tokens: Tensor, parent: Tensor) -> Tensor:
+        batch, beams = tokens.shape
+        inherited = self.seen.gather(1, parent[:, :, None].expand(-1, -1, self.seen.shape[2]))
+        itself = torch.eye(beams, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        self.seen = torch.cat([inherited, itself], dim=2)
+        positions = self.position[:, None].expand(-1, beams)
+        self.key_positions = torch.cat([self.key_positions, positions], dim=1)
+        self.position = self.position + 1
+        return self.forward(tokens, positions, self.key_positions, self.seen)
+
+    def forward(self, tokens: Tensor, positions: Tensor, key_positions: Tensor, seen: Tensor) -> Tensor:
+        """Hidden states (B, S, D) of new tokens (B, S), whose keys and values join the past.
+
+        positions (B, S) of the tokens, key_positions (B, P + S) of all keys, seen (B, S, P + S): who reads what.
+        """
+        cache = KnownKeys(self.past, keep=True)
+        output = self.model.base_model(
+            input_ids=tokens,
+            attention_mask=self.masks(seen, positions, key_positions),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        new = [cache.new[layer] for layer in sorted(cache.new)]
+        self.past = [[*pieces, piece] for pieces, piece in zip(self.past or [[]] * len(new), new, strict=True)]
+        assert known_tokens(self.past) == key_positions.shape[1]
+        return output.last_hidden_state
+
+    def masks(self, seen: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """Additive masks (B, 1, S, P + S), one per kind of layer where a model has both kinds."""
+        masks = {}
+        for kind in self.window.kinds:
+            allowed = seen
+            if kind == "sliding_attention":
+                allowed = seen & (positions[:, :, None] - key_positions[:, None, :] < self.window.size)
+            mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
+            masks[kind] = mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)[:, None]
+        return masks if len(masks) > 1 else masks[self.window.kinds[0]]
+
+
+class WholeSequenceDecoder:
+    """Every beam as a sequence of its own, computed from its first token each time: slow, for any causal model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def begin(self, prompts: list[np.ndarray]) -> Tensor:
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        self.prompts = torch.from_numpy(pad(prompts)).to(self.model.device)
+        self.written = self.prompts.new_empty(len(prompts), 1, 0)  # (B, K, levels so far)
+        return self.last_hidden()
+
+    def advance(self, tokens: Tensor, parent: Tensor) -> Tensor:
+        before = self.written.gather(1, parent[:, :, None].expand(-1, -1, self.written.shape[2]))
+        self.written = torch.cat([before, tokens[:, :, None]], dim=2)
+        return self.last_hidden()
+
+    def last_hidden(self) -> Tensor:
+        batch, beams, levels = self.written.shape
+        sequences = torch.nn.functional.pad(self.prompts, (0, levels))[:, None].repeat(1, beams, 1)
+        places = (self.lengths[:, None] + torch.arange(levels, device=self.lengths.device))[:, None].expand(
+            -1, beams, -1
+        )
+        sequences = sequences.scatter(2, places, self.written).flatten(0, 1)
+        hidden = self.model.base_model(input_ids=sequences, use_cache=False).last_hidden_state
+        last = (self.lengths + levels - 1).repeat_interleave(beams)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].view(batch, beams, -1)
+
+
+def common_template(prompts: list[np.ndarray]) -> np.ndarray:
+    """The longest beginning that all prompts share and that leaves each at least one token of its own."""
+    shared = prompts[0]
+    for prompt in prompts:
+        shared = shared[: min(common_prefix(shared, prompt), len(prompt) - 1)]
+    return shared
+
+
+# ---------------------------------------------------------------------------------------------- the search
+
+
+class Found(NamedTuple):
+    """The best sequences of each user. leaf (B, K): numbers, -1 where there are no more; score (B, K): their log p."""
+
+    leaf: Tensor
+    score: Tensor
+
+
+def by_head(
+    model: PreTrainedModel, hidden: Tensor, read: Callable[[Tensor, Tensor], Tensor], *aligned: Tensor
+) -> Tensor:
+    """read(logits (n, V), ...) for hidden states (B, K, D), in chunks: no (B x K, V) tensor is ever whole."""
+    head = model.get_output_embeddings()
+    rows = max(1, HEAD_CHUNK // head.weight.shape[0])
+    flat = [tensor.flatten(0, 1).split(rows) for tensor in (hidden, *aligned)]
+    parts = [read(finish_logits(model, head(part)), *others) for part, *others in zip(*flat, strict=True)]
+    return torch.cat(parts).unflatten(0, hidden.shape[:2])
+
+
+def log_p_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p (n, F) of some tokens (n, F), normalised over the whole vocabulary, from logits (n, V)."""
+    return logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+
+
+@torch.no_grad()
+def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: int) -> Found:
+    """The `num_beams` best sequences of the trie for each prompt, best first.
+
+    Sequences that end above the deepest level wait in a list of their own and do not use up beams. There are never
+    more beams than nodes, and a beam that a level has no node for keeps the score -inf, so none is invalid or double.
+    """
+    device = decoder.model.device
+    hidden = decoder.begin(prompts)
+    node = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
+    score = torch.zeros(len(prompts), 1, device=device)
+    finished = Found(node[:, :0], score[:, :0])
+    wanted = min(num_beams, trie.sequences)
+    for level in range(trie.depth):
+        child = trie.start[node][:, :, None] + torch.arange(trie.fan_out[level], device=device)
+        exists = child < trie.start[node + 1][:, :, None]
+        child = child.where(exists, 0)
+        log_p = by_head(decoder.model, hidden, log_p_of, trie.token[child])
+        total = (score[:, :, None] + log_p).masked_fill(~exists, -torch.inf).flatten(1)
+        child = child.flatten(1)
+        leaf = trie.leaf[child]
+        if trie.ends[level]:
+            pool = torch.cat([finished.score, total.masked_fill(leaf < 0, -torch.inf)], dim=1)
+            finished = best(torch.cat([finished.leaf, leaf], dim=1), pool, wanted)
+        if trie.inner[level]:
+            score, picked = total.masked_fill(leaf >= 0, -torch.inf).topk(
+                min(num_beams, trie.inner[level], total.shape[1])
+            )
+            node = child.gather(1, picked)
+            hidden = decoder.advance(trie.token[node], picked // trie.fan_out[level])
+    return finished._replace(leaf=finished.leaf.masked_fill(finished.score == -torch.inf, -1))
+
+
+def best(leaf: Tensor, score: Tensor, size: int) -> Found:
+    score, picked = score.topk(min(size, score.shape[1]))
+    return Found(leaf.gather(1, picked), score)
+
+
+@torch.no_grad()
+def search_freely(decoder: Decoder, prompts: list[np.ndarray], num_beams: int, *, levels: int, end_id: int) -> Tensor:
+    """What a beam search writes that knows no catalogue: tokens (B, K, levels), best first, only ends after an end."""
+    device = decoder.model.device
+    hidden = decoder.begin(prompts)
+    score = torch.zeros(len(prompts), 1, device=device)
+    written = torch.empty(len(prompts), 1, 0, dtype=torch.int64, device=device)
+    for level in range(levels):
+        width = min(num_beams, decoder.model.get_output_embeddings().weight.shape[0])
+        token = by_head(decoder.model, hidden, lambda logits, width=width: logits.topk(width)[1])
+        log_p = by_head(decoder.model, hidden, log_p_of, token)
+        if level:
+            over = written[:, :, -1:] == end_id  # goes on with end tokens, which cost nothing
+            only = torch.arange(width, device=device) == 0
+            token = token.where(~over, end_id)
+            log_p = log_p.where(~over, torch.where(only, 0.0, -torch.inf))
+        score, picked = (score[:, :, None] + log_p).flatten(1).topk(num_beams)
+        parent, token = picked // width, token.flatten(1).gather(1, picked)
+        before = written.gather(1, parent[:, :, None].expand(-1, -1, level))
+        written = torch.cat([before, token[:, :, None]], dim=2)
+        if level + 1 < levels:
+            hidden = decoder.advance(token, parent)
+    return written

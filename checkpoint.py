@@ -1,0 +1,78 @@
+"""What a checkpoint folder holds: a model, a tokenizer, and the wording it was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from data import PROMPTS, TASKS, InputError, check_template, error_text, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS_FILE = "prompts.json"  # travels with a checkpoint: its wording, filled-in category and tasks
+
+
+class Wording(NamedTuple):
+    """How a checkpoint was spoken to: the words for the category, the names of --tasks, task name -> template."""
+
+    category: str
+    tasks: list[str]
+    prompts: dict[str, str]
+
+
+def read_wording(folder: Path) -> Wording | None:
+    """The wording beside a checkpoint, checked; None where there is none."""
+    path = Path(folder) / PROMPTS_FILE
+    if not path.is_file():
+        return None
+    expected = 'a file of sft.py: {"category": ..., "tasks": [...], "prompts": {...}}'
+    content = read_json(path, expected)
+    try:
+        wording = Wording(str(content["category"]), list(content["tasks"]), {**PROMPTS, **content["prompts"]})
+        for name, template in wording.prompts.items():
+            check_template(f"{path}: {name!r}", template, TASKS[name])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: lacks {error_text(error)}; expected {expected}") from None
+    return wording
+
+
+def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, as it was saved; it must have an end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--base_model {base_model}: has no tokenizer that loads ({error_text(error)[:200]})"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token"
+        )
+    return tokenizer
+
+
+def load_model(base_model: str, *, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a folder or hub name in the dtype of its files."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})"
+        ) from None
+
+
+def check_base_model(base_model: str) -> None:
+    """Refuses, before anything heavy is loaded, what is no model folder and cannot be a hub name."""
+    if not base_model:
+        raise InputError("--base_model is missing")
+    base = Path(base_model)
+    if base.is_dir() and not (base / "config.json").is_file():
+        hint = " (its final_checkpoint/ is one)" if (base / "final_checkpoint").is_dir() else ""
+        raise InputError(f"--base_model {base}: the folder has no config.json; expected a saved HF model{hint}")
+    if not base.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
+        raise InputError(f"--base_model {base}: there is no such folder")
