@@ -430,8 +430,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, f
         )
     if missing:
         raise InputError(
-            f"--sid_index_path {flags.sid_index_path}: {len(missing)} of its {len(tokens)} SID tokens (e.g. {missing[0]}) "
-            f"are unknown to {flags.base_model}; give the index that the model was trained with"
+            f"--sid_index_path {flags.sid_index_path}: {len(missing)} of its {len(tokens)} SID tokens "
+            f"(e.g. {missing[0]}) are unknown to {flags.base_model}; give the index that the model was trained with"
         )
 
 

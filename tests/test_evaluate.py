@@ -1,0 +1,599 @@
+"""Beam search against transformers and brute force, metrics against scikit-learn, the command as a user types it."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import ndcg_score
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import evaluate
+from beam_search import (
+    SharedPromptDecoder,
+    WholeSequenceDecoder,
+    build_trie,
+    common_template,
+    score_sequences,
+    search,
+    search_freely,
+)
+from data import (
+    CSV_COLUMNS,
+    DEFAULT_TASKS,
+    TASKS,
+    Catalogue,
+    Item,
+    Row,
+    read_catalogue,
+    read_rows,
+    render,
+)
+from ranking import (
+    KS,
+    MISSED,
+    baselines,
+    bootstrap,
+    breadth,
+    item_popularity,
+    level_recall,
+    means,
+    ranks_of,
+    row_values,
+    sid_table,
+    to_items,
+    views,
+)
+from sft import add_sid_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data" / "amazon" / "Industrial_and_Scientific"
+TEXT = [
+    "Semantic IDs of the products that one customer bought, oldest first, one per line:\n",
+    "red wood screws",
+    "glue",
+]
+
+
+# ---------------------------------------------------------------------------------------------- what the tests stand on
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-2's and Qwen's kind: bytes, no token before a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<end>"])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama's and Gemma's kind: spaces as a letter, a token that begins each text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"]))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+TOKENIZERS = {"byte-level": byte_level_tokenizer, "metaspace": metaspace_tokenizer}
+FIXED = [(f"<a_{a}>", f"<b_{b}>", f"<c_{(a * b) % 5}>") for a, b in itertools.product(range(4), range(5))]
+WORDING = {"sid_sid": "Bought by one customer:\n{history}", "title_sid": "Titles:\n{history}"}
+MIXED = [*FIXED, *(f + ("<d_1>",) for f in FIXED[:6]), FIXED[7][:2], ("<a_9>",)]
+
+
+def catalogue_of(sids: list[tuple[str, ...]]) -> Catalogue:
+    items = [Item(str(100 + place), sid, f"Product number {place}") for place, sid in enumerate(sids)]
+    return Catalogue(items, {item.id: place for place, item in enumerate(items)})
+
+
+def tiny_model(vocab_size: int, *, tied: bool = True) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def prompts_of(tokenizer, catalogue: Catalogue) -> list[np.ndarray]:
+    """Prompts of three lengths, so that a batch has padding."""
+    histories = [(0,), (1, 2, 0, 1), (2, 2)]
+    texts = [render(TASKS["sid_sid"], Row("", h, 0), catalogue, WORDING)[0] for h in histories]
+    return [np.array(tokenizer(text)["input_ids"]) for text in texts]
+
+
+def toy(tokenizer_kind: str, sids: list[tuple[str, ...]], *, tied: bool = True):
+    """(model, prompts, SIDs as ids, end token id) of a toy catalogue."""
+    tokenizer = TOKENIZERS[tokenizer_kind]()
+    add_sid_tokens(tokenizer, sorted({token for sid in sids for token in sid}))
+    ids = [tuple(tokenizer.convert_tokens_to_ids(list(sid))) for sid in sids]
+    return (
+        tiny_model(len(tokenizer) + 3, tied=tied),
+        prompts_of(tokenizer, catalogue_of(sids)),
+        ids,
+        tokenizer.eos_token_id,
+    )
+
+
+@torch.no_grad()
+def brute_force(model, prompt: np.ndarray, sequences: list[list[int]]) -> tuple[list[int], list[float]]:
+    """Every sequence scored by the plain forward: (numbers, scores), best first."""
+    scores = []
+    for sequence in sequences:
+        log_p = model(torch.tensor([[*prompt, *sequence]])).logits[0].float().log_softmax(-1)
+        scores.append(sum(log_p[len(prompt) - 1 + place, token].item() for place, token in enumerate(sequence)))
+    order = np.argsort(-np.array(scores), kind="stable")
+    return order.tolist(), [scores[i] for i in order]
+
+
+def decoders_of(model, prompts: list[np.ndarray]) -> list:
+    return [SharedPromptDecoder(model, common_template(prompts)), WholeSequenceDecoder(model)]
+
+
+# ---------------------------------------------------------------------------------------------- beam search
+
+
+def test_the_end_token_counts_where_one_sid_begins_another():
+    assert score_sequences([(1, 5), (1, 5, 9), (2, 6)], 0) == [[1, 5, 0], [1, 5, 9, 0], [2, 6]]
+
+
+def test_a_trie_is_the_table_that_its_docstring_shows():
+    trie = build_trie([[1, 5], [1, 6], [2, 5]])
+    assert trie.token.tolist() == [0, 1, 2, 5, 6, 5]
+    assert trie.start.tolist() == [1, 3, 5, 6, 6, 6, 6]
+    assert trie.leaf.tolist() == [-1, -1, -1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("sids", [FIXED, MIXED], ids=["fixed depth", "mixed depth"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_with_beams_enough_the_search_is_brute_force(kind, tied, sids):
+    model, prompts, ids, end = toy(kind, sids, tied=tied)
+    sequences = score_sequences(ids, end)
+    for decoder in decoders_of(model, prompts):
+        found = search(decoder, build_trie(sequences), prompts, 100)
+        for place, prompt in enumerate(prompts):
+            order, scores = brute_force(model, prompt, sequences)
+            assert found.leaf[place].tolist() == order
+            assert np.allclose(found.score[place].numpy(), scores, atol=1e-4, rtol=0)
+
+
+def generated(model, prompts, sequences, num_beams, end):
+    """What transformers' generate finds: (numbers, scores) per prompt; an end token is a part of the score."""
+    size, depth = max(map(len, prompts)), max(map(len, sequences))
+    inputs = torch.tensor([[end] * (size - len(prompt)) + prompt.tolist() for prompt in prompts])
+    mask = torch.tensor([[0] * (size - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+    def allowed(_, so_far):
+        written = so_far[size:].tolist()
+        return [s[len(written)] for s in sequences if s[: len(written)] == written and len(s) > len(written)] or [end]
+
+    out = model.generate(
+        inputs,
+        attention_mask=mask,
+        num_beams=num_beams,
+        num_return_sequences=num_beams,
+        max_new_tokens=depth,
+        length_penalty=0.0,
+        do_sample=False,
+        prefix_allowed_tokens_fn=allowed,
+        output_scores=True,
+        return_dict_in_generate=True,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    number = {tuple(sequence): place for place, sequence in enumerate(sequences)}
+    written = [tuple(row) for row in out.sequences[:, size:].tolist()]
+    found = [next((number[w[:n]] for n in range(len(w), 0, -1) if w[:n] in number), -1) for w in written]
+    count = len(prompts)
+    return np.array(found).reshape(count, -1).tolist(), out.sequences_scores.numpy().reshape(count, -1)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_beams_and_scores_are_those_of_generate_with_allowed_tokens(kind, tied):
+    model, prompts, ids, end = toy(kind, FIXED, tied=tied)
+    sequences = score_sequences(ids, end)
+    expected, scores = generated(model, prompts, sequences, 4, end)
+    for decoder in decoders_of(model, prompts):
+        found = search(decoder, build_trie(sequences), prompts, 4)
+        assert found.leaf.tolist() == expected
+        assert np.allclose(found.score.numpy(), scores, atol=1e-4, rtol=0)
+
+
+def test_with_end_tokens_the_beams_are_those_of_generate_too():
+    """With a beam for each SID: with fewer, generate counts an end token only among its first `num_beams` candidates."""
+    sids = [*FIXED, *(sid + ("<d_1>",) for sid in FIXED)]
+    model, prompts, ids, end = toy("byte-level", sids)
+    sequences = score_sequences(ids, end)
+    expected, scores = generated(model, prompts, sequences, 40, end)
+    found = search(SharedPromptDecoder(model, common_template(prompts)), build_trie(sequences), prompts, 40)
+    assert found.leaf.tolist() == expected
+    assert np.allclose(found.score.numpy(), scores, atol=1e-4, rtol=0)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("family", ["soft-cap and sliding window", "logit scale"])
+def test_scores_know_what_an_architecture_does_to_its_logits(family):
+    _, prompts, ids, end = toy("byte-level", MIXED)
+    torch.manual_seed(1)
+    size = 1 + max(max(map(max, ids)), max(int(prompt.max()) for prompt in prompts))
+    if family == "logit scale":
+        config = CohereConfig(vocab_size=size, num_hidden_layers=2, logit_scale=0.3, pad_token_id=0, **SIZES)
+        model = CohereForCausalLM(config).eval()
+    else:
+        config = Gemma2Config(vocab_size=size, num_hidden_layers=2, head_dim=8, sliding_window=6, **SIZES)
+        model = Gemma2ForCausalLM(config).eval()
+        assert model.config.final_logit_softcapping
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    sequences = score_sequences(ids, end)
+    found = search(SharedPromptDecoder(model, common_template(prompts)), build_trie(sequences), prompts, 100)
+    for place, prompt in enumerate(prompts):
+        order, scores = brute_force(model, prompt, sequences)
+        assert np.allclose(found.score[place].numpy(), scores, atol=1e-4, rtol=0)
+        assert found.leaf[place].tolist() == order
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 9, 26, 1000])
+def test_no_beam_is_invalid_or_double(num_beams):
+    model, prompts, ids, end = toy("byte-level", MIXED)
+    found = search(WholeSequenceDecoder(model), build_trie(score_sequences(ids, end)), prompts, num_beams)
+    for row, scores in zip(found.leaf.tolist(), found.score.tolist(), strict=True):
+        valid = [number for number in row if number >= 0]
+        assert len(set(valid)) == len(valid) > 0
+        assert row[: len(valid)] == valid, "what is not there stands last"
+        assert scores == sorted(scores, reverse=True)
+    assert found.leaf.shape[1] == min(num_beams, len(ids))
+
+
+def test_a_level_with_fewer_children_than_beams_leaves_the_rest_empty():
+    """Two beams of the first level with one child each; the third node of that level was pruned with its children."""
+    model, prompts, ids, end = toy("byte-level", [("<a_0>", "<b_0>"), ("<a_1>", "<b_0>"), ("<a_2>", "<b_0>")])
+    found = search(WholeSequenceDecoder(model), build_trie(ids), prompts, 2)
+    assert (found.leaf >= 0).all()
+    assert all(len(set(row)) == 2 for row in found.leaf.tolist())
+
+
+def test_free_search_is_generate_without_a_constraint():
+    model, prompts, _, end = toy("byte-level", FIXED)
+    inputs = torch.tensor(prompts[1][None])
+    out = model.generate(
+        inputs,
+        num_beams=5,
+        num_return_sequences=5,
+        min_new_tokens=3,
+        max_new_tokens=3,
+        length_penalty=0.0,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=end,
+    )
+    for decoder in decoders_of(model, prompts):
+        found = search_freely(decoder, prompts, 5, levels=3, end_id=-1)
+        assert found[1].tolist() == out[:, len(prompts[1]) :].tolist()
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_of_one_row_are_those_of_its_docstring():
+    values = row_values(np.array([1, MISSED]), (1, 3))
+    assert values["hr@1"].tolist() == [0, 0]
+    assert values["hr@3"].tolist() == [1, 0]
+    assert values["ndcg@3"].tolist() == pytest.approx([1 / np.log2(3), 0])
+    assert values["mrr@3"].tolist() == [0.5, 0]
+
+
+def test_ndcg_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    lists = [rng.permutation(30).tolist() for _ in range(40)]
+    targets = rng.integers(30, size=40).tolist()
+    values = row_values(ranks_of(lists, targets), KS)
+    relevance = np.eye(30)[targets]
+    scores = np.zeros((40, 30))
+    for row, ranked in zip(scores, lists, strict=True):
+        row[ranked] = np.arange(30, 0, -1)
+    for k in (1, 3, 5, 10, 20):
+        assert values[f"ndcg@{k}"].mean() == pytest.approx(ndcg_score(relevance, scores, k=k))
+
+
+# items 0 and 1 share a SID, item 2 and 3 have one each
+TOY = Catalogue(
+    [Item("7", ("<a_0>", "<b_0>"), "x"), Item("8", ("<a_0>", "<b_0>"), "y"), Item("9", ("<a_0>", "<b_1>"), "z")]
+    + [Item("10", ("<a_1>", "<b_1>", "<c_0>"), "w")],
+    {"7": 0, "8": 1, "9": 2, "10": 3},
+)
+
+
+def test_an_item_that_shares_its_sid_ranks_by_training_popularity():
+    table = sid_table(TOY, Counter({1: 5, 0: 2}))
+    assert table.of_item == [0, 0, 1, 2]
+    assert to_items([1, 0], table) == [2, 1, 0]
+    rows = [Row("u", (3,), 0), Row("v", (3,), 1)]
+    found = views([[0, 1], [0, 1]], rows, table, (1, 3))
+    assert means(found["sid"])["hr@1"] == 1
+    assert means(found["item"])["hr@1"] == 0.5
+    assert means(found["item"])["hr@3"] == 1
+
+
+def test_without_history_drops_it_from_lists_and_rows():
+    table = sid_table(TOY, Counter())
+    rows = [Row("u", (3,), 2), Row("v", (2,), 2), Row("w", (0,), 1)]
+    found = views([[2, 1, 0]] * 3, rows, table, (1,))
+    assert means(found["sid"]) == {"hr@1": 0, "ndcg@1": 0, "mrr@1": 0}
+    assert means(found["sid_without_history"]) == {"rows": 1, "hr@1": 1, "ndcg@1": 1, "mrr@1": 1}
+    assert means(found["item_without_history"])["rows"] == 2  # the twin of a bought item is new as an item
+
+
+def test_level_recall_counts_the_rows_that_reach_a_level():
+    table = sid_table(TOY, Counter())
+    found = level_recall([[1], [2]], [0, 2], table, (1,))
+    assert found == {"level1@1": 1.0, "level2@1": 0.5, "level3@1": 1.0}
+
+
+def test_breadth_is_coverage_and_popularity_against_what_was_bought():
+    table, popularity = sid_table(TOY, Counter()), Counter({0: 1, 1: 3, 2: 2})
+    found = breadth([[0], [0]], [Row("u", (3,), 2), Row("v", (3,), 2)], table, popularity, 1)
+    assert found == {"coverage@1": pytest.approx(1 / 3), "popularity@1": 2.0}
+
+
+def test_intervals_hold_the_mean_and_a_constant_has_none():
+    users = [str(i // 2) for i in range(400)]
+    values = {"hr@1": (np.arange(400) % 5 == 0).astype(float), "one": np.ones(400)}
+    found = bootstrap(values, users, 0)
+    low, high = found["hr@1"]
+    assert low < 0.2 < high
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.2 * 0.8 / 400), rel=0.35)
+    assert found["one"] == [1.0, 1.0]
+    assert bootstrap(values, users, 0) == found
+
+
+def test_baselines_of_a_toy_shop():
+    table = sid_table(TOY, Counter())
+    train = [Row("u", (0,), 2), Row("v", (1,), 2), Row("w", (0,), 3), Row("x", (3,), 2)]
+    lists = baselines(train, [Row("t", (3, 0), 0)], table, 2)
+    assert lists["popularity"] == [[1, 2]]
+    assert lists["last"] == [[0, 2, 1]]
+    assert lists["markov"] == [[1, 2, 0]]
+
+
+@pytest.mark.skipif(not SHARED.parent.is_dir(), reason="the shared Amazon data is not beside the checkout")
+def test_baselines_on_real_data_have_the_known_hit_rates():
+    catalogue = read_catalogue(Path(f"{SHARED}.index.json"), None)
+    train, test = (list(read_rows(Path(f"{SHARED}.{split}.csv"), catalogue)) for split in ("train", "test"))
+    table = sid_table(catalogue, item_popularity(train))
+    lists = baselines(train, test, table, 10)
+    hits = {name: means(views(ranked, test, table, (10,))["sid"])["hr@10"] for name, ranked in lists.items()}
+    assert round(hits["popularity"], 4) == 0.0618
+    assert round(hits["markov"], 4) == 0.1041
+
+
+# ---------------------------------------------------------------------------------------------- the evaluator
+
+
+def shop_rows(count: int, items: int) -> list[Row]:
+    rng = np.random.default_rng(0)
+    return [
+        Row(f"u{i // 3}", tuple(rng.integers(items, size=1 + i % 4).tolist()), int(rng.integers(items)))
+        for i in range(count)
+    ]
+
+
+def test_the_evaluator_sees_the_model_as_it_is_and_leaves_it_as_it_was():
+    catalogue, tokenizer = catalogue_of(MIXED), byte_level_tokenizer()
+    add_sid_tokens(tokenizer, sorted({token for sid in MIXED for token in sid}))
+    model = tiny_model(len(tokenizer)).train()
+    evaluator = evaluate.Evaluator(tokenizer, catalogue, WORDING, shop_rows(20, len(MIXED)), num_beams=10, batch_size=8)
+    before = evaluator.recommend(model)
+    found = evaluator.metrics(model)
+    assert set(found) == {f"{name}@{k}" for name in ("hr", "ndcg") for k in (1, 3, 5, 10)}
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        model.get_input_embeddings().weight.neg_()
+    assert (evaluator.recommend(model).score != before.score).any()
+
+
+def test_the_batch_size_changes_no_recommendation():
+    catalogue, tokenizer = catalogue_of(MIXED), metaspace_tokenizer()
+    add_sid_tokens(tokenizer, sorted({token for sid in MIXED for token in sid}))
+    model, rows = tiny_model(len(tokenizer)), shop_rows(20, len(MIXED))
+    one, many = (
+        evaluate.Evaluator(tokenizer, catalogue, WORDING, rows, task=task, num_beams=6, batch_size=size).recommend(
+            model
+        )
+        for task in ("title_sid",)
+        for size in (1, 16)
+    )
+    assert (one.sid == many.sid).all()
+    assert np.allclose(one.score, many.score, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def write_rows(path: Path, catalogue: Catalogue, rows: list[Row]) -> None:
+    lines = [",".join(CSV_COLUMNS)]
+    for row in rows:
+        items = [catalogue.items[place] for place in row.history]
+        target = catalogue.items[row.item]
+        lists = [[i.title for i in items], [int(i.id) for i in items], ["".join(i.sid) for i in items]]
+        titles, ids, sids = (f'"{cell}"' for cell in lists)
+        lines.append(",".join([row.user, titles, target.title, ids, target.id, sids, "".join(target.sid)]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Path:
+    """A folder with a checkpoint, an index, titles and interactions."""
+    folder = tmp_path_factory.mktemp("shop")
+    catalogue = catalogue_of(FIXED)
+    (folder / "X.index.json").write_text(json.dumps({item.id: item.sid for item in catalogue.items}))
+    (folder / "X.item.json").write_text(
+        json.dumps({item.id: {"title": item.title, "description": ""} for item in catalogue.items})
+    )
+    write_rows(folder / "X.test.csv", catalogue, shop_rows(30, len(FIXED)))
+    write_rows(folder / "X.train.csv", catalogue, shop_rows(50, len(FIXED))[::-1])
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save_pretrained(folder / "plain")
+    tiny_model(len(tokenizer)).save_pretrained(folder / "plain")
+    add_sid_tokens(tokenizer, sorted({token for sid in FIXED for token in sid}))
+    tokenizer.save_pretrained(folder / "model")
+    tiny_model(len(tokenizer)).save_pretrained(folder / "model")
+    wording = {"category": "toy", "tasks": list(DEFAULT_TASKS), "prompts": {"sid_sid": "Bought so far:\n{history}"}}
+    (folder / "model" / "prompts.json").write_text(json.dumps(wording))
+    return folder
+
+
+def arguments_of(shop: Path, **flags) -> list[str]:
+    values = {
+        "base_model": shop / "model",
+        "test_file": shop / "X.test.csv",
+        "train_file": shop / "X.train.csv",
+        "sid_index_path": shop / "X.index.json",
+        "item_meta_path": shop / "X.item.json",
+        "num_beams": 10,
+        "batch_size": 4,
+    } | flags
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def test_two_processes_write_the_numbers_of_one(shop, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)  # as torchrun's processes have: another number of threads sums in another order
+    assert evaluate.main(arguments_of(shop, output_dir=tmp_path / "one")) == 0
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "evaluate.py")]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments_of(shop, output_dir=tmp_path / "two")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    for metrics in (one, two):
+        metrics["run"].pop("seconds")
+    assert one == two
+    assert (tmp_path / "one/predictions.jsonl").read_text() == (tmp_path / "two/predictions.jsonl").read_text()
+    assert done.stderr.count("HR@10 of this model") == 1, "rank 0 alone speaks"
+
+
+def test_a_run_leaves_metrics_predictions_a_picture_and_examples_in_words(shop, capsys):
+    assert evaluate.main(arguments_of(shop, examples=2)) == 0
+    folder = shop / "model" / "evaluation"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics["baselines"]) == {"popularity", "markov", "last"}
+    assert {f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 3, 5, 10)} == set(metrics["sid"])
+    assert metrics["sid"].keys() == metrics["item"].keys() <= metrics["baselines"]["markov"].keys()
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 30
+    hits = sum(line["rank"] is not None and line["rank"] <= 10 for line in lines)
+    assert hits / 30 == pytest.approx(metrics["sid"]["hr@10"])
+    assert len({entry["sid"] for entry in lines[0]["recommendations"]}) == 10
+    assert (folder / "recommendations.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert out.count("then bought") == 2
+    assert "Product number" in out
+
+
+def test_the_prompt_is_the_one_in_the_checkpoint(shop, tmp_path):
+    other = tmp_path / "model"
+    other.mkdir()
+    for file in (shop / "model").iterdir():
+        if file.is_file() and file.name != "prompts.json":
+            (other / file.name).write_bytes(file.read_bytes())
+    assert evaluate.main(arguments_of(shop, output_dir=tmp_path / "a")) == 0
+    assert evaluate.main(arguments_of(shop, base_model=other, output_dir=tmp_path / "b")) == 0
+    first, second = ((tmp_path / name / "predictions.jsonl").read_text() for name in "ab")
+    assert first != second
+
+
+def test_recommend_answers_for_titles_and_ids(shop, capsys):
+    assert evaluate.main(arguments_of(shop, recommend="product NUMBER 12 | 103")) == 0
+    out = capsys.readouterr().out
+    bought, recommended = out.split("recommended")
+    assert "Product number 12\n" in bought
+    assert "Product number 3\n" in bought
+    assert recommended.count("Product number") == 10
+
+
+WRONG = {
+    "checkpoint without SID tokens": ({"base_model": "plain"}, "knows no SID token"),
+    "index of another catalogue": (
+        {"sid_index_path": "other.index.json", "train_file": ""},
+        "the CSV and the index must be of one dataset",
+    ),
+    "empty test file": ({"test_file": "empty.csv"}, "empty.csv: is empty"),
+    "test file without rows": ({"test_file": "header.csv"}, "header.csv: has no rows"),
+    "no such checkpoint": ({"base_model": "nowhere"}, "there is no such folder"),
+    "title of many items": ({"recommend": "product"}, "is in the titles of 20 items"),
+    "title of no item": ({"recommend": "Produkt numbr 12"}, "the closest is 'Product number 12'"),
+    "beams below one": ({"num_beams": 0}, "--num_beams 0 must be at least 1"),
+    "unknown flag": ({"num_beam": 3}, "did you mean num_beams?"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_user_can_mend_ends_in_one_line(shop, caplog, case):
+    other = {str(100 + place): ["<a_0>", "<b_77>", f"<c_{place}>"] for place in range(len(FIXED))}
+    (shop / "other.index.json").write_text(json.dumps(other))
+    (shop / "empty.csv").write_text("")
+    (shop / "header.csv").write_text(",".join(CSV_COLUMNS) + "\n")
+    flags, message = WRONG[case]
+    files = {
+        name: shop / value for name, value in flags.items() if name != "recommend" and isinstance(value, str) and value
+    }
+    assert evaluate.main(arguments_of(shop, **{**flags, **files})) == 2
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert error.startswith("evaluate.py: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_an_index_whose_tokens_the_model_lacks_is_refused(shop, caplog):
+    more = {str(100 + place): sid for place, sid in enumerate(FIXED)} | {"999": ("<a_0>", "<b_0>", "<c_99>")}
+    (shop / "more.index.json").write_text(json.dumps(more))
+    assert evaluate.main(arguments_of(shop, sid_index_path=shop / "more.index.json")) == 2
+    assert "1 of its 15 SID tokens (e.g. <c_99>) are unknown" in caplog.text
+
+
+def test_help_and_bad_flags_answer_before_anything_heavy_loads():
+    heavy = "assert not {'torch', 'transformers', 'matplotlib'} & {*sys.modules}"
+    code = f"import sys, evaluate; evaluate.main(['--base_modle', 'x']); {heavy}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "evaluate.py: unknown flag --base_modle (did you mean base_model?); --help lists them\n"
