@@ -232,7 +232,7 @@ def test_beams_and_scores_are_those_of_generate_with_allowed_tokens(kind, tied):
 
 
 def test_with_end_tokens_the_beams_are_those_of_generate_too():
-    """With a beam for each SID: with fewer, generate counts an end token only among its first `num_beams` candidates."""
+    """With a beam for each SID: with fewer, generate counts an end only among its first `num_beams` candidates."""
     sids = [*FIXED, *(sid + ("<d_1>",) for sid in FIXED)]
     model, prompts, ids, end = toy("byte-level", sids)
     sequences = score_sequences(ids, end)
