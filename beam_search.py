@@ -18,15 +18,20 @@ N nodes of the trie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from frozen_prefix import HEAD_CHUNK, KnownKeys, Past, common_prefix, finish_logits, known_tokens, pad, sliding_window
+
+CACHED_LOGITS = 1_000_000  # logits held at a time on a CPU, in values: 4 MB stay in its cache
+SLACK = 1e-3  # of a score: what rounding may add to it when the same logit comes out of two matrix products
+
 
 # ---------------------------------------------------------------------------------------------- the catalogue
 
@@ -51,14 +56,17 @@ class Trie(NamedTuple):
     """Token sequences, none of which begins another, as a tree in CSR form; node 0 is the root.
 
     The children of node n are the nodes start[n] .. start[n + 1] - 1. token (N,): what leads to a node. leaf (N,): the
-    number of the sequence that ends there, or -1. sequences: how many there are. Per level: the most children of one
-    node, how many nodes have children below it, and whether a sequence ends at it.
+    number of the sequence that ends there, or -1. column (N,): its token's place among the level's tokens. sequences:
+    how many there are. Per level: its tokens, the most children of one node, how many of its nodes have children, and
+    whether a sequence ends there.
     """
 
     start: Tensor
     token: Tensor
     leaf: Tensor
+    column: Tensor
     sequences: int
+    level_tokens: list[Tensor]
     fan_out: list[int]
     inner: list[int]
     ends: list[bool]
@@ -77,7 +85,8 @@ def build_trie(sequences: list[list[int]], device: torch.device | str = "cpu") -
     differs = np.zeros(len(matrix), dtype=bool)  # from the row before, within the levels seen so far
     differs[0] = True
     above = np.zeros(len(matrix), dtype=np.int64)  # the node that each row has reached
-    parents, tokens, leaves = [np.array([-1])], [np.array([0])], [np.array([-1])]
+    parents, tokens, leaves, columns = [np.array([-1])], [np.array([0])], [np.array([-1])], [np.array([0])]
+    level_tokens = []
     fan_out, inner, ends, nodes = [], [], [], 1
     for level in range(matrix.shape[1]):
         differs[1:] |= matrix[1:, level] != matrix[:-1, level]
@@ -87,14 +96,18 @@ def build_trie(sequences: list[list[int]], device: torch.device | str = "cpu") -
         parents.append(above[first])
         tokens.append(matrix[first, level])
         leaves.append(ending)
+        distinct, column = np.unique(tokens[-1], return_inverse=True)
+        level_tokens.append(torch.from_numpy(distinct).to(device))
+        columns.append(column)
         fan_out.append(int(np.bincount(above[first]).max()))
         inner.append(int((ending < 0).sum()))
         ends.append(bool((ending >= 0).any()))
         above = np.where(alive, nodes + np.cumsum(first) - 1, -1)
         nodes += int(first.sum())
     start = np.searchsorted(np.concatenate(parents), np.arange(nodes + 1))
-    tensors = (torch.from_numpy(array).to(device) for array in (start, np.concatenate(tokens), np.concatenate(leaves)))
-    return Trie(*tensors, len(sequences), fan_out, inner, ends)
+    arrays = (start, *map(np.concatenate, (tokens, leaves, columns)))
+    tensors = (torch.from_numpy(array).to(device) for array in arrays)
+    return Trie(*tensors, len(sequences), level_tokens, fan_out, inner, ends)
 
 
 # ---------------------------------------------------------------------------------------------- the model by levels
@@ -201,7 +214,7 @@ class WholeSequenceDecoder:
 
     def last_hidden(self) -> Tensor:
         batch, beams, levels = self.written.shape
-        sequences = torch.nn.functional.pad(self.prompts, (0, levels))[:, None].repeat(1, beams, 1)
+        sequences = F.pad(self.prompts, (0, levels))[:, None].repeat(1, beams, 1)
         places = (self.lengths[:, None] + torch.arange(levels, device=self.lengths.device))[:, None].expand(
             -1, beams, -1
         )
@@ -229,20 +242,58 @@ class Found(NamedTuple):
     score: Tensor
 
 
-def by_head(
-    model: PreTrainedModel, hidden: Tensor, read: Callable[[Tensor, Tensor], Tensor], *aligned: Tensor
-) -> Tensor:
-    """read(logits (n, V), ...) for hidden states (B, K, D), in chunks: no (B x K, V) tensor is ever whole."""
+def full_logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[Tensor]:
+    """The logits over the whole vocabulary (some, V) of hidden states (n, D), a chunk at a time."""
     head = model.get_output_embeddings()
-    rows = max(1, HEAD_CHUNK // head.weight.shape[0])
-    flat = [tensor.flatten(0, 1).split(rows) for tensor in (hidden, *aligned)]
-    parts = [read(finish_logits(model, head(part)), *others) for part, *others in zip(*flat, strict=True)]
-    return torch.cat(parts).unflatten(0, hidden.shape[:2])
+    values = CACHED_LOGITS if hidden.device.type == "cpu" else HEAD_CHUNK
+    for part in hidden.split(max(1, values // head.weight.shape[0])):
+        yield finish_logits(model, head(part))
 
 
-def log_p_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p (n, F) of some tokens (n, F), normalised over the whole vocabulary, from logits (n, V)."""
-    return logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+def normalisers(model: PreTrainedModel, hidden: Tensor, needed: Tensor) -> Tensor:
+    """The log-sum-exp (B, K) of the whole vocabulary's logits at hidden (B, K, D), where needed; inf elsewhere."""
+    places = needed.flatten().nonzero().squeeze(1)
+    parts = []
+    for logits in full_logits(model, hidden.flatten(0, 1)[places]):
+        highest = logits.amax(1)
+        parts.append(logits.sub_(highest[:, None]).exp_().sum(1).log_() + highest)  # in place: logits are large
+    found = torch.full(
+        needed.shape, torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+    )
+    if parts:
+        found.view(-1)[places] = torch.cat(parts)
+    return found
+
+
+def child_scores(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    score: Tensor,
+    level_tokens: Tensor,
+    column: Tensor,
+    exists: Tensor,
+    wanted: int,
+) -> Tensor:
+    """Scores (B, K, F) of the children of beams (B, K): exact for the `wanted` best of a user, -inf for some others.
+
+    hidden (B, K, D) at the beams; column (B, K, F): the child's token as a place in `level_tokens` (T,); exists too.
+
+    Most beams have no child among the best. The logits of the level's tokens alone show which: the whole vocabulary's
+    log-sum-exp, the dear part, is at least theirs, so with theirs a score can only be too high. The true log-sum-exp is
+    computed for the beams that look best, then for all whose upper bound still reaches the last of the wanted.
+    """
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias[level_tokens]
+    logits = finish_logits(model, F.linear(hidden, head.weight[level_tokens], bias))
+    unscaled = (score[:, :, None] + logits.gather(2, column)).masked_fill(~exists, -torch.inf)
+    bound = unscaled - logits.logsumexp(2, keepdim=True)
+    first = torch.zeros_like(score, dtype=torch.bool)
+    size = min(wanted, bound[0].numel())
+    first.scatter_(1, bound.flatten(1).topk(size)[1] // exists.shape[2], True)
+    normaliser = normalisers(model, hidden, first)
+    last = (unscaled - normaliser[:, :, None]).flatten(1).topk(size)[0][:, -1:]
+    second = ~first & (bound.amax(2) + SLACK > last)
+    return unscaled - normaliser.minimum(normalisers(model, hidden, second))[:, :, None]
 
 
 @torch.no_grad()
@@ -262,8 +313,16 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
         child = trie.start[node][:, :, None] + torch.arange(trie.fan_out[level], device=device)
         exists = child < trie.start[node + 1][:, :, None]
         child = child.where(exists, 0)
-        log_p = by_head(decoder.model, hidden, log_p_of, trie.token[child])
-        total = (score[:, :, None] + log_p).masked_fill(~exists, -torch.inf).flatten(1)
+        both = trie.ends[level] and trie.inner[level]  # two lists of the best: every child is needed
+        total = child_scores(
+            decoder.model,
+            hidden,
+            score,
+            trie.level_tokens[level],
+            trie.column[child],
+            exists,
+            child[0].numel() if both else num_beams,
+        ).flatten(1)
         child = child.flatten(1)
         leaf = trie.leaf[child]
         if trie.ends[level]:
@@ -283,6 +342,12 @@ def best(leaf: Tensor, score: Tensor, size: int) -> Found:
     return Found(leaf.gather(1, picked), score)
 
 
+def best_tokens(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """log p (n, size) of the most likely tokens, and the tokens, from logits (n, V)."""
+    log_p, token = logits.topk(size)
+    return log_p - logits.logsumexp(1, keepdim=True), token
+
+
 @torch.no_grad()
 def search_freely(decoder: Decoder, prompts: list[np.ndarray], num_beams: int, *, levels: int, end_id: int) -> Tensor:
     """What a beam search writes that knows no catalogue: tokens (B, K, levels), best first, only ends after an end."""
@@ -292,8 +357,8 @@ def search_freely(decoder: Decoder, prompts: list[np.ndarray], num_beams: int, *
     written = torch.empty(len(prompts), 1, 0, dtype=torch.int64, device=device)
     for level in range(levels):
         width = min(num_beams, decoder.model.get_output_embeddings().weight.shape[0])
-        token = by_head(decoder.model, hidden, lambda logits, width=width: logits.topk(width)[1])
-        log_p = by_head(decoder.model, hidden, log_p_of, token)
+        parts = [best_tokens(logits, width) for logits in full_logits(decoder.model, hidden.flatten(0, 1))]
+        log_p, token = (torch.cat(part).unflatten(0, hidden.shape[:2]) for part in zip(*parts, strict=True))
         if level:
             over = written[:, :, -1:] == end_id  # goes on with end tokens, which cost nothing
             only = torch.arange(width, device=device) == 0

@@ -159,8 +159,8 @@ RESULT = """# Constrained beam search, Industrial test rows
 | generate + prefix_allowed_tokens_fn | {theirs:.2f} | {theirs_rate:.1f} |
 
 Ratio **{ratio:.1f} x**. All rounds, seconds: {all_seconds}.
-The same list, SID for SID, in {same} of {rows} rows; the largest difference of two scores is {differs:.1e}; {invalid} of
-generate's beams are no SID.
+The same list, SID for SID, in {same} of {rows} rows; the largest difference of two scores is {differs:.1e};
+{invalid} of generate's beams are no SID.
 """
 
 
