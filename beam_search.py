@@ -45,9 +45,7 @@ def score_sequences(sids: list[tuple[int, ...]], end_id: int) -> list[list[int]]
     begun = {sid[:size] for sid in whole for size in range(1, len(sid))}
     beginnings = whole & begun
     return [
-        [*sid, end_id]
-        if sid in beginnings or any(sid[:size] in beginnings for size in range(1, len(sid)))
-        else list(sid)
+        [*sid, end_id] if sid in beginnings or any(sid[:size] in beginnings for size in range(1, len(sid))) else list(sid)
         for sid in sids
     ]
 
@@ -148,9 +146,7 @@ class SharedPromptDecoder:
         # Padding stands on the right: nothing real reads it in the causal order, and the beams are told not to.
         causal = places[known:, None] >= places
         self.key_positions = places.expand(len(own), -1)
-        hidden = self.forward(
-            tokens, self.key_positions[:, known:], self.key_positions, causal.expand(len(own), -1, -1)
-        )
+        hidden = self.forward(tokens, self.key_positions[:, known:], self.key_positions, causal.expand(len(own), -1, -1))
         self.seen = (places < known + lengths[:, None])[:, None]
         self.position = known + lengths
         return hidden.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2]))
@@ -215,9 +211,7 @@ class WholeSequenceDecoder:
     def last_hidden(self) -> Tensor:
         batch, beams, levels = self.written.shape
         sequences = F.pad(self.prompts, (0, levels))[:, None].repeat(1, beams, 1)
-        places = (self.lengths[:, None] + torch.arange(levels, device=self.lengths.device))[:, None].expand(
-            -1, beams, -1
-        )
+        places = (self.lengths[:, None] + torch.arange(levels, device=self.lengths.device))[:, None].expand(-1, beams, -1)
         sequences = sequences.scatter(2, places, self.written).flatten(0, 1)
         hidden = self.model.base_model(input_ids=sequences, use_cache=False).last_hidden_state
         last = (self.lengths + levels - 1).repeat_interleave(beams)
@@ -257,9 +251,7 @@ def normalisers(model: PreTrainedModel, hidden: Tensor, needed: Tensor) -> Tenso
     for logits in full_logits(model, hidden.flatten(0, 1)[places]):
         highest = logits.amax(1)
         parts.append(logits.sub_(highest[:, None]).exp_().sum(1).log_() + highest)  # in place: logits are large
-    found = torch.full(
-        needed.shape, torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-    )
+    found = torch.full(needed.shape, torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     if parts:
         found.view(-1)[places] = torch.cat(parts)
     return found
@@ -329,9 +321,7 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
             pool = torch.cat([finished.score, total.masked_fill(leaf < 0, -torch.inf)], dim=1)
             finished = best(torch.cat([finished.leaf, leaf], dim=1), pool, wanted)
         if trie.inner[level]:
-            score, picked = total.masked_fill(leaf >= 0, -torch.inf).topk(
-                min(num_beams, trie.inner[level], total.shape[1])
-            )
+            score, picked = total.masked_fill(leaf >= 0, -torch.inf).topk(min(num_beams, trie.inner[level], total.shape[1]))
             node = child.gather(1, picked)
             hidden = decoder.advance(trie.token[node], picked // trie.fan_out[level])
     return finished._replace(leaf=finished.leaf.masked_fill(finished.score == -torch.inf, -1))

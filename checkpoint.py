@@ -44,13 +44,9 @@ def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTok
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--base_model {base_model}: has no tokenizer that loads ({error_text(error)[:200]})"
-        ) from None
+        raise InputError(f"--base_model {base_model}: has no tokenizer that loads ({error_text(error)[:200]})") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token"
-        )
+        raise InputError(f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token")
     return tokenizer
 
 
@@ -61,9 +57,7 @@ def load_model(base_model: str, *, trust_remote_code: bool) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})"
-        ) from None
+        raise InputError(f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})") from None
 
 
 def check_base_model(base_model: str) -> None:

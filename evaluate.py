@@ -187,9 +187,7 @@ class Evaluator:
             reason = self.why_not_shared(model)
             self.shares_prompts = not reason
             if reason:
-                logger.info(
-                    f"Beams do not share a prompt's keys and values ({reason}); this is slow, the result is right"
-                )
+                logger.info(f"Beams do not share a prompt's keys and values ({reason}); this is slow, the result is right")
         return SharedPromptDecoder(model, self.template) if self.shares_prompts else WholeSequenceDecoder(model)
 
     def why_not_shared(self, model: PreTrainedModel) -> str:
@@ -410,9 +408,7 @@ def task_of(flags: types.SimpleNamespace, wording: Wording) -> str:
     known = [name for name in RECOMMENDING_TASKS if name in wording.tasks]
     task = flags.task or (known[0] if known else RECOMMENDING_TASKS[0])
     if task not in wording.tasks:
-        logger.warning(
-            f"{flags.base_model} was trained on {', '.join(wording.tasks)}, not on the task {task} it is asked"
-        )
+        logger.warning(f"{flags.base_model} was trained on {', '.join(wording.tasks)}, not on the task {task} it is asked")
     if TASKS[task].shows == "title" and not flags.item_meta_path:
         raise InputError(f"--item_meta_path is missing; the task {task} shows titles")
     return task
@@ -584,9 +580,7 @@ def write_results(
     for number, i in enumerate(shown, start=1):
         words = in_words(rows[i], recommended.sid[i], recommended.score[i], catalogue, table, truth=True)
         tell("\n".join([f"Example {number} of {len(shown)}: user {rows[i].user}", *words]))
-    logger.info(
-        f"Wrote metrics.json and predictions.jsonl to {folder}; the picture is {folder / 'recommendations.png'}"
-    )
+    logger.info(f"Wrote metrics.json and predictions.jsonl to {folder}; the picture is {folder / 'recommendations.png'}")
 
 
 def measure(
@@ -614,9 +608,7 @@ def measure(
     return metrics
 
 
-def write_predictions(
-    path: Path, rows: list[Row], recommended: Recommended, catalogue: Catalogue, table: SidTable
-) -> None:
+def write_predictions(path: Path, rows: list[Row], recommended: Recommended, catalogue: Catalogue, table: SidTable) -> None:
     """One JSON object per row: history, target, its rank (from 1, null if missed), recommendations."""
 
     def named(place: int) -> dict[str, str]:

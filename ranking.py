@@ -47,9 +47,7 @@ def sid_table(catalogue: Catalogue, popularity: Counter[int]) -> SidTable:
 
 def ranks_of(lists: Lists, targets: list[int]) -> np.ndarray:
     """The place of each target in its list (U,), 0 for the first; MISSED where it is not there."""
-    found = [
-        ranked.index(target) if target in ranked else MISSED for ranked, target in zip(lists, targets, strict=True)
-    ]
+    found = [ranked.index(target) if target in ranked else MISSED for ranked, target in zip(lists, targets, strict=True)]
     return np.array(found, dtype=np.int64)
 
 
@@ -111,8 +109,7 @@ def views(lists: Lists, rows: list[Row], table: SidTable, ks: tuple[int, ...]) -
 def means(values: dict[str, np.ndarray]) -> dict[str, float]:
     """The metrics of a view; "rows" says over how many rows where it is not all of them."""
     return {
-        name: len(array) if name == "rows" else float(array.mean()) if len(array) else 0.0
-        for name, array in values.items()
+        name: len(array) if name == "rows" else float(array.mean()) if len(array) else 0.0 for name, array in values.items()
     }
 
 

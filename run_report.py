@@ -171,18 +171,14 @@ def draw_curves(path: Path, log: Log) -> bool:
 
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
-        lines, columns, figsize=(4.8 * columns, 3.6 * lines), layout="constrained", squeeze=False
-    )
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4.8 * columns, 3.6 * lines), layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for key, label in panel.curves.items():
             steps, values = series(log, key)
             if steps:
-                axis.plot(
-                    steps, values, label=label, marker="o" if len(steps) < 40 else None, markersize=3, linewidth=1.5
-                )
+                axis.plot(steps, values, label=label, marker="o" if len(steps) < 40 else None, markersize=3, linewidth=1.5)
         axis.set_title(panel.title)
         axis.set_xlabel("optimizer step")
         if panel.from_zero:

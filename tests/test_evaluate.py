@@ -11,17 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SHARED, byte_bpe, small_model
 from sklearn.metrics import ndcg_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast
 
 import evaluate
 from beam_search import (
@@ -61,8 +54,7 @@ from ranking import (
 )
 from sft import add_sid_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data" / "amazon" / "Industrial_and_Scientific"
+AMAZON = SHARED / "data" / "amazon" / "Industrial_and_Scientific"
 TEXT = [
     "Semantic IDs of the products that one customer bought, oldest first, one per line:\n",
     "red wood screws",
@@ -71,18 +63,6 @@ TEXT = [
 
 
 # ---------------------------------------------------------------------------------------------- what the tests stand on
-
-
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """GPT-2's and Qwen's kind: bytes, no token before a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<end>"])
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
@@ -99,7 +79,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-TOKENIZERS = {"byte-level": byte_level_tokenizer, "metaspace": metaspace_tokenizer}
+TOKENIZERS = {"byte-level": lambda: byte_bpe(TEXT, 300), "metaspace": metaspace_tokenizer}
 FIXED = [(f"<a_{a}>", f"<b_{b}>", f"<c_{(a * b) % 5}>") for a, b in itertools.product(range(4), range(5))]
 WORDING = {"sid_sid": "Bought by one customer:\n{history}", "title_sid": "Titles:\n{history}"}
 MIXED = [*FIXED, *(f + ("<d_1>",) for f in FIXED[:6]), FIXED[7][:2], ("<a_9>",)]
@@ -108,21 +88,6 @@ MIXED = [*FIXED, *(f + ("<d_1>",) for f in FIXED[:6]), FIXED[7][:2], ("<a_9>",)]
 def catalogue_of(sids: list[tuple[str, ...]]) -> Catalogue:
     items = [Item(str(100 + place), sid, f"Product number {place}") for place, sid in enumerate(sids)]
     return Catalogue(items, {item.id: place for place, item in enumerate(items)})
-
-
-def tiny_model(vocab_size: int, *, tied: bool = True) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    return Qwen2ForCausalLM(config).eval()
 
 
 def prompts_of(tokenizer, catalogue: Catalogue) -> list[np.ndarray]:
@@ -138,7 +103,7 @@ def toy(tokenizer_kind: str, sids: list[tuple[str, ...]], *, tied: bool = True):
     add_sid_tokens(tokenizer, sorted({token for sid in sids for token in sid}))
     ids = [tuple(tokenizer.convert_tokens_to_ids(list(sid))) for sid in sids]
     return (
-        tiny_model(len(tokenizer) + 3, tied=tied),
+        small_model("qwen2", len(tokenizer) + 3, tie_word_embeddings=tied).eval(),
         prompts_of(tokenizer, catalogue_of(sids)),
         ids,
         tokenizer.eos_token_id,
@@ -242,23 +207,17 @@ def test_with_end_tokens_the_beams_are_those_of_generate_too():
     assert np.allclose(found.score.numpy(), scores, atol=1e-4, rtol=0)
 
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+ARCHITECTURES = {
+    "soft-cap and sliding window": ("gemma2", {"sliding_window": 6}),
+    "logit scale": ("cohere", {"logit_scale": 0.3}),
+}
 
 
-@pytest.mark.parametrize("family", ["soft-cap and sliding window", "logit scale"])
-def test_scores_know_what_an_architecture_does_to_its_logits(family):
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_scores_know_what_an_architecture_does_to_its_logits(kind):
     _, prompts, ids, end = toy("byte-level", MIXED)
-    torch.manual_seed(1)
-    size = 1 + max(max(map(max, ids)), max(int(prompt.max()) for prompt in prompts))
-    if family == "logit scale":
-        config = CohereConfig(vocab_size=size, num_hidden_layers=2, logit_scale=0.3, pad_token_id=0, **SIZES)
-        model = CohereForCausalLM(config).eval()
-    else:
-        config = Gemma2Config(vocab_size=size, num_hidden_layers=2, head_dim=8, sliding_window=6, **SIZES)
-        model = Gemma2ForCausalLM(config).eval()
-        assert model.config.final_logit_softcapping
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    name, settings = ARCHITECTURES[kind]
+    model = small_model(name, 1 + max(map(max, ids)), **settings).eval()
     sequences = score_sequences(ids, end)
     found = search(SharedPromptDecoder(model, common_template(prompts)), build_trie(sequences), prompts, 100)
     for place, prompt in enumerate(prompts):
@@ -390,10 +349,10 @@ def test_baselines_of_a_toy_shop():
     assert lists["markov"] == [[1, 2, 0]]
 
 
-@pytest.mark.skipif(not SHARED.parent.is_dir(), reason="the shared Amazon data is not beside the checkout")
+@pytest.mark.skipif(not AMAZON.parent.is_dir(), reason="the shared Amazon data is not beside the checkout")
 def test_baselines_on_real_data_have_the_known_hit_rates():
-    catalogue = read_catalogue(Path(f"{SHARED}.index.json"), None)
-    train, test = (list(read_rows(Path(f"{SHARED}.{split}.csv"), catalogue)) for split in ("train", "test"))
+    catalogue = read_catalogue(Path(f"{AMAZON}.index.json"), None)
+    train, test = (list(read_rows(Path(f"{AMAZON}.{split}.csv"), catalogue)) for split in ("train", "test"))
     table = sid_table(catalogue, item_popularity(train))
     lists = baselines(train, test, table, 10)
     hits = {name: means(views(ranked, test, table, (10,))["sid"])["hr@10"] for name, ranked in lists.items()}
@@ -413,9 +372,9 @@ def shop_rows(count: int, items: int) -> list[Row]:
 
 
 def test_the_evaluator_sees_the_model_as_it_is_and_leaves_it_as_it_was():
-    catalogue, tokenizer = catalogue_of(MIXED), byte_level_tokenizer()
+    catalogue, tokenizer = catalogue_of(MIXED), byte_bpe(TEXT, 300)
     add_sid_tokens(tokenizer, sorted({token for sid in MIXED for token in sid}))
-    model = tiny_model(len(tokenizer)).train()
+    model = small_model("qwen2", len(tokenizer), tie_word_embeddings=True).train()
     evaluator = evaluate.Evaluator(tokenizer, catalogue, WORDING, shop_rows(20, len(MIXED)), num_beams=10, batch_size=8)
     before = evaluator.recommend(model)
     found = evaluator.metrics(model)
@@ -430,11 +389,9 @@ def test_the_evaluator_sees_the_model_as_it_is_and_leaves_it_as_it_was():
 def test_the_batch_size_changes_no_recommendation():
     catalogue, tokenizer = catalogue_of(MIXED), metaspace_tokenizer()
     add_sid_tokens(tokenizer, sorted({token for sid in MIXED for token in sid}))
-    model, rows = tiny_model(len(tokenizer)), shop_rows(20, len(MIXED))
+    model, rows = small_model("qwen2", len(tokenizer), tie_word_embeddings=True).eval(), shop_rows(20, len(MIXED))
     one, many = (
-        evaluate.Evaluator(tokenizer, catalogue, WORDING, rows, task=task, num_beams=6, batch_size=size).recommend(
-            model
-        )
+        evaluate.Evaluator(tokenizer, catalogue, WORDING, rows, task=task, num_beams=6, batch_size=size).recommend(model)
         for task in ("title_sid",)
         for size in (1, 16)
     )
@@ -457,9 +414,9 @@ def write_rows(path: Path, catalogue: Catalogue, rows: list[Row]) -> None:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory) -> Path:
+def store(tmp_path_factory) -> Path:
     """A folder with a checkpoint, an index, titles and interactions."""
-    folder = tmp_path_factory.mktemp("shop")
+    folder = tmp_path_factory.mktemp("store")
     catalogue = catalogue_of(FIXED)
     (folder / "X.index.json").write_text(json.dumps({item.id: item.sid for item in catalogue.items}))
     (folder / "X.item.json").write_text(
@@ -467,37 +424,36 @@ def shop(tmp_path_factory) -> Path:
     )
     write_rows(folder / "X.test.csv", catalogue, shop_rows(30, len(FIXED)))
     write_rows(folder / "X.train.csv", catalogue, shop_rows(50, len(FIXED))[::-1])
-    tokenizer = byte_level_tokenizer()
+    tokenizer = byte_bpe(TEXT, 300)
     tokenizer.save_pretrained(folder / "plain")
-    tiny_model(len(tokenizer)).save_pretrained(folder / "plain")
+    small_model("qwen2", len(tokenizer), tie_word_embeddings=True).eval().save_pretrained(folder / "plain")
     add_sid_tokens(tokenizer, sorted({token for sid in FIXED for token in sid}))
     tokenizer.save_pretrained(folder / "model")
-    tiny_model(len(tokenizer)).save_pretrained(folder / "model")
+    small_model("qwen2", len(tokenizer), tie_word_embeddings=True).eval().save_pretrained(folder / "model")
     wording = {"category": "toy", "tasks": list(DEFAULT_TASKS), "prompts": {"sid_sid": "Bought so far:\n{history}"}}
     (folder / "model" / "prompts.json").write_text(json.dumps(wording))
     return folder
 
 
-def arguments_of(shop: Path, **flags) -> list[str]:
+def arguments_of(store: Path, **flags) -> list[str]:
     values = {
-        "base_model": shop / "model",
-        "test_file": shop / "X.test.csv",
-        "train_file": shop / "X.train.csv",
-        "sid_index_path": shop / "X.index.json",
-        "item_meta_path": shop / "X.item.json",
+        "base_model": store / "model",
+        "test_file": store / "X.test.csv",
+        "train_file": store / "X.train.csv",
+        "sid_index_path": store / "X.index.json",
+        "item_meta_path": store / "X.item.json",
         "num_beams": 10,
         "batch_size": 4,
     } | flags
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
-def test_two_processes_write_the_numbers_of_one(shop, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    torch.set_num_threads(1)  # as torchrun's processes have: another number of threads sums in another order
-    assert evaluate.main(arguments_of(shop, output_dir=tmp_path / "one")) == 0
+def test_two_processes_write_the_numbers_of_one(store, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: another number of threads sums in another order
+    assert evaluate.main(arguments_of(store, output_dir=tmp_path / "one")) == 0
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "evaluate.py")]
     done = subprocess.run(
-        [sys.executable, *command, *arguments_of(shop, output_dir=tmp_path / "two")],
+        [sys.executable, *command, *arguments_of(store, output_dir=tmp_path / "two")],
         env=environment,
         capture_output=True,
         text=True,
@@ -512,9 +468,9 @@ def test_two_processes_write_the_numbers_of_one(shop, tmp_path):
     assert done.stderr.count("HR@10 of this model") == 1, "rank 0 alone speaks"
 
 
-def test_a_run_leaves_metrics_predictions_a_picture_and_examples_in_words(shop, capsys):
-    assert evaluate.main(arguments_of(shop, examples=2)) == 0
-    folder = shop / "model" / "evaluation"
+def test_a_run_leaves_metrics_predictions_a_picture_and_examples_in_words(store, capsys):
+    assert evaluate.main(arguments_of(store, examples=2)) == 0
+    folder = store / "model" / "evaluation"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["baselines"]) == {"popularity", "markov", "last"}
     assert {f"{name}@{k}" for name in ("hr", "ndcg", "mrr") for k in (1, 3, 5, 10)} == set(metrics["sid"])
@@ -530,20 +486,20 @@ def test_a_run_leaves_metrics_predictions_a_picture_and_examples_in_words(shop, 
     assert "Product number" in out
 
 
-def test_the_prompt_is_the_one_in_the_checkpoint(shop, tmp_path):
+def test_the_prompt_is_the_one_in_the_checkpoint(store, tmp_path):
     other = tmp_path / "model"
     other.mkdir()
-    for file in (shop / "model").iterdir():
+    for file in (store / "model").iterdir():
         if file.is_file() and file.name != "prompts.json":
             (other / file.name).write_bytes(file.read_bytes())
-    assert evaluate.main(arguments_of(shop, output_dir=tmp_path / "a")) == 0
-    assert evaluate.main(arguments_of(shop, base_model=other, output_dir=tmp_path / "b")) == 0
+    assert evaluate.main(arguments_of(store, output_dir=tmp_path / "a")) == 0
+    assert evaluate.main(arguments_of(store, base_model=other, output_dir=tmp_path / "b")) == 0
     first, second = ((tmp_path / name / "predictions.jsonl").read_text() for name in "ab")
     assert first != second
 
 
-def test_recommend_answers_for_titles_and_ids(shop, capsys):
-    assert evaluate.main(arguments_of(shop, recommend="product NUMBER 12 | 103")) == 0
+def test_recommend_answers_for_titles_and_ids(store, capsys):
+    assert evaluate.main(arguments_of(store, recommend="product NUMBER 12 | 103")) == 0
     out = capsys.readouterr().out
     bought, recommended = out.split("recommended")
     assert "Product number 12\n" in bought
@@ -568,26 +524,24 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_a_user_can_mend_ends_in_one_line(shop, caplog, case):
+def test_what_a_user_can_mend_ends_in_one_line(store, caplog, case):
     other = {str(100 + place): ["<a_0>", "<b_77>", f"<c_{place}>"] for place in range(len(FIXED))}
-    (shop / "other.index.json").write_text(json.dumps(other))
-    (shop / "empty.csv").write_text("")
-    (shop / "header.csv").write_text(",".join(CSV_COLUMNS) + "\n")
+    (store / "other.index.json").write_text(json.dumps(other))
+    (store / "empty.csv").write_text("")
+    (store / "header.csv").write_text(",".join(CSV_COLUMNS) + "\n")
     flags, message = WRONG[case]
-    files = {
-        name: shop / value for name, value in flags.items() if name != "recommend" and isinstance(value, str) and value
-    }
-    assert evaluate.main(arguments_of(shop, **{**flags, **files})) == 2
+    files = {name: store / value for name, value in flags.items() if name in ("base_model", "test_file", "sid_index_path")}
+    assert evaluate.main(arguments_of(store, **{**flags, **files})) == 2
     (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert error.startswith("evaluate.py: ")
     assert message in error
     assert "\n" not in error
 
 
-def test_an_index_whose_tokens_the_model_lacks_is_refused(shop, caplog):
+def test_an_index_whose_tokens_the_model_lacks_is_refused(store, caplog):
     more = {str(100 + place): sid for place, sid in enumerate(FIXED)} | {"999": ("<a_0>", "<b_0>", "<c_99>")}
-    (shop / "more.index.json").write_text(json.dumps(more))
-    assert evaluate.main(arguments_of(shop, sid_index_path=shop / "more.index.json")) == 2
+    (store / "more.index.json").write_text(json.dumps(more))
+    assert evaluate.main(arguments_of(store, sid_index_path=store / "more.index.json")) == 2
     assert "1 of its 15 SID tokens (e.g. <c_99>) are unknown" in caplog.text
 
 

@@ -89,9 +89,7 @@ def main() -> None:
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=pad,
-                prefix_allowed_tokens_fn=lambda _, written, size=size: allowed.get(
-                    tuple(written[size:].tolist()), [pad]
-                ),
+                prefix_allowed_tokens_fn=lambda _, written, size=size: allowed.get(tuple(written[size:].tolist()), [pad]),
                 return_dict_in_generate=True,
                 output_scores=True,
             )
@@ -166,17 +164,13 @@ The same list, SID for SID, in {same} of {rows} rows; the largest difference of 
 
 def processor() -> str:
     names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
+        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

@@ -1,0 +1,73 @@
+"""What a training run leaves for its reader, from a Trainer state made by hand."""
+
+import types
+
+import pytest
+from conftest import small_model
+from transformers import TrainerState
+
+from data import PROMPTS, file_hash
+from run_report import model_card, series, write_run_report
+from sid_rows import SidRows
+
+LOG = [
+    {"step": 1, "loss": 4.0, "loss_sid_sid": 5.0, "learning_rate": 0.01, "tokens_per_s": 900.0},
+    {"step": 2, "epoch": 0.5, "eval_loss": 3.5, "eval_hr@10": 0.08, "eval_ndcg@10": 0.05},
+    {"step": 2, "loss": 3.0, "loss_sid_sid": 3.5, "learning_rate": 0.0, "tokens_per_s": 950.0},
+]
+
+
+@pytest.fixture
+def finished(tmp_path) -> tuple[types.SimpleNamespace, TrainerState]:
+    """The flags and the state of a run of two steps."""
+    (tmp_path / "train.csv").write_text("user_id\n")
+    flags = types.SimpleNamespace(
+        output_dir=str(tmp_path / "run"),
+        base_model="some/model",
+        train_file=str(tmp_path / "train.csv"),
+        eval_file="",
+        freeze_LLM=True,
+        tasks="sid_sid",
+        batch_size=16,
+        learning_rate=0.01,
+        seed=42,
+    )
+    return flags, TrainerState(global_step=2, epoch=1.0, log_history=LOG)
+
+
+def test_a_series_is_the_steps_and_numbers_of_a_key():
+    assert series(LOG, "loss") == ([1, 2], [4.0, 3.0])
+    assert series(LOG, "eval_hr@10") == ([2], [0.08])
+
+
+def test_the_report_says_what_trained_from_what_and_how_well(finished, tmp_path):
+    flags, state = finished
+    model = small_model("qwen2", 20, tie_word_embeddings=False)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    write_run_report(flags, state, model, SidRows(model, [17, 18, 19], ["<a_0>", "<a_1>", "<b_0>"]))
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "| 2 | 0.50 | 3.5000 | 0.0800 | 0.0500 |" in text
+    for table in ("embedding", "head"):
+        assert f"| {table}: 3 SID rows, ids 17 to 19 | 3 x 32 | 96 | {9600 / total:.4f} % |" in text
+    assert f"| frozen |  | {total - 192:,} |" in text
+    assert f"| --train_file | train.csv | 8 | {file_hash(tmp_path / 'train.csv')[:16]} |" in text
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_logged_nothing_still_has_a_report(finished, tmp_path):
+    flags, _ = finished
+    flags.freeze_LLM = False
+    write_run_report(flags, TrainerState(), small_model("qwen2", 20), None)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "No evaluation" in text
+    assert "| all parameters |" in text
+    assert not (tmp_path / "run" / "curves.png").exists()
+
+
+def test_the_model_card_names_base_prompts_and_result(finished):
+    flags, state = finished
+    card = model_card(flags, state, PROMPTS)
+    assert card.startswith("---\nbase_model: some/model\nlibrary_name: transformers\n")
+    assert "HR@10 0.0800" in card
+    assert '"sid_sid": "Semantic IDs of the {category}' in card
+    assert "title_sid" not in card
