@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,6 +10,8 @@ from data import PROMPTS, TASKS, InputError, check_template, error_text, read_js
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("sft.checkpoint")
 
 PROMPTS_FILE = "prompts.json"  # travels with a checkpoint: its wording, filled-in category and tasks
 
@@ -38,7 +41,7 @@ def read_wording(folder: Path) -> Wording | None:
 
 
 def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, as it was saved; it must have an end token."""
+    """The tokenizer of a folder or hub name, with a pad token, padding on the left (a decoder generates on the right)."""
     from transformers import AutoTokenizer
 
     try:
@@ -47,14 +50,22 @@ def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTok
         raise InputError(f"--base_model {base_model}: has no tokenizer that loads ({error_text(error)[:200]})") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info(f"The tokenizer has no pad token: {tokenizer.eos_token!r} pads")
+    tokenizer.padding_side = "left"
     return tokenizer
 
 
-def load_model(base_model: str, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a folder or hub name in the dtype of its files."""
-    from transformers import AutoModelForCausalLM
+def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a folder or hub name in the dtype of its files, or with random weights of its shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        if from_scratch:
+            config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return model.to(config.dtype or model.dtype)
         return AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})") from None

@@ -434,7 +434,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, f
 def check_rows_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, flags: types.SimpleNamespace
 ) -> None:
-    """The embedding has a row for every SID token."""
+    """The embedding has a row for every SID token; one that was not grown would fail much later, and not in words."""
     tokens = {token for item in catalogue.items for token in item.sid}
     highest, size = max(tokenizer.convert_tokens_to_ids(sorted(tokens))), len(model.get_input_embeddings().weight)
     if highest >= size:
