@@ -42,7 +42,7 @@ def write_run_report(
     drawn = draw_curves(folder / CURVES_FILE, state.log_history)
     sections = [
         f"# Training run: {'SID rows of a frozen' if flags.freeze_LLM else 'all of'} {Path(flags.base_model).name}",
-        result_text(state),
+        result_text(state, getattr(flags, "metric_for_best_model", "eval_loss")),
         f"![Curves of the run]({CURVES_FILE})" if drawn else "Nothing was logged that could be drawn.",
         evaluations_table(state),
         "## What trained\n\n" + trained_table(model, rows),
@@ -62,15 +62,15 @@ def series(log: Log, key: str) -> tuple[list[int], list[float]]:
 # ---------------------------------------------------------------------------------------------- the text
 
 
-def result_text(state: TrainerState) -> str:
-    """How far the run came and what it reached, as one paragraph."""
+def result_text(state: TrainerState, metric: str) -> str:
+    """How far the run came and what it reached, as one paragraph. metric: what the best checkpoint was chosen by."""
     steps, losses = series(state.log_history, "loss")
     text = f"{state.global_step:,} optimizer steps, {state.epoch or 0:.2f} epochs"
     if losses:
         text += f"; training loss {losses[0]:.4f} at step {steps[0]:,}, {losses[-1]:.4f} at step {steps[-1]:,}"
     if state.best_metric is not None:
         best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else "none saved"
-        text += f". Best evaluation {state.best_metric:.4f} ({best}); final_checkpoint/ holds that model"
+        text += f". Best {metric} {state.best_metric:.4f} ({best}); final_checkpoint/ holds that model"
     return text + "."
 
 
