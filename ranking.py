@@ -124,8 +124,9 @@ def bootstrap(values: dict[str, np.ndarray], users: list[str], seed: int) -> dic
     sums = np.stack([np.bincount(user, weights=values[name], minlength=count) for name in names], axis=1)
     rows = np.bincount(user, minlength=count)
     rng = np.random.default_rng(seed)
-    drawn = np.stack([np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(RESAMPLES)])
-    ends = np.quantile(drawn @ sums / (drawn @ rows)[:, None], [0.025, 0.975], axis=0)
+    drawn = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(RESAMPLES))
+    resampled = [times @ sums / (times @ rows) for times in drawn]
+    ends = np.quantile(resampled, [0.025, 0.975], axis=0)
     return {name: ends[:, column].tolist() for column, name in enumerate(names)}
 
 
