@@ -512,7 +512,7 @@ def in_words(
         mark = "->" if truth and sid == table.of_item[row.item] else "  "
         first, *others = table.items[sid]
         more = f" (and {len(others)} more with this SID)" if others else ""
-        lines.append(f"     {mark} {number:2}. {name(first)}{more} [{''.join(table.sids[sid])}, p {np.exp(score):.3f}]")
+        lines.append(f"     {mark} {number:2}. {name(first)}{more} [{''.join(table.sids[sid])}, p {np.exp(score):.2g}]")
     return lines
 
 
