@@ -27,7 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from frozen_prefix import HEAD_CHUNK, KnownKeys, Past, common_prefix, finish_logits, known_tokens, pad, sliding_window
+from frozen_prefix import HEAD_CHUNK, KnownKeys, Past, known_tokens
+from plain_forward import finish_logits
+from token_trees import common_prefix, pad, sliding_window
 
 CACHED_LOGITS = 1_000_000  # logits held at a time on a CPU, in values: 4 MB stay in its cache
 SLACK = 1e-3  # of a score: what rounding may add to it when the same logit comes out of two matrix products
