@@ -707,7 +707,7 @@ def draw(path: Path, metrics: dict[str, Any]) -> None:
         bars = axis.bar(places, heights, width * 0.92, color="#1f5fbf", alpha=0.35 + 0.3 * number, label=f"first {k}")
         axis.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=1)
     axis.set_xticks(range(depth), [f"level {level}" for level in range(1, depth + 1)])
-    axis.set_ylim(0, min(1.05, 1.25 * max(metrics["levels"].values()) + 0.01))
+    axis.set_ylim(0, 1.3 * max(metrics["levels"].values()) + 0.01)
     axis.set_title("Right down to level, this model")
     axis.legend(frameon=False, loc="upper right")
     for axis in axes:
