@@ -32,7 +32,9 @@ def read_wording(folder: Path) -> Wording | None:
     expected = 'a file of sft.py: {"category": ..., "tasks": [...], "prompts": {...}}'
     content = read_json(path, expected)
     try:
-        wording = Wording(str(content["category"]), list(content["tasks"]), {**PROMPTS, **content["prompts"]})
+        category = str(content["category"])
+        shipped = {name: template.replace("{category}", category) for name, template in PROMPTS.items()}
+        wording = Wording(category, list(content["tasks"]), {**shipped, **content["prompts"]})
         for name, template in wording.prompts.items():
             check_template(f"{path}: {name!r}", template, TASKS[name])
     except (KeyError, TypeError, AttributeError) as error:
