@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from frozen_prefix import HEAD_CHUNK, KnownKeys, Past, known_tokens
 from plain_forward import finish_logits
-from token_trees import common_prefix, pad, sliding_window
+from token_trees import additive_masks, common_prefix, pad, sliding_window
 
 CACHED_LOGITS = 1_000_000  # logits held at a time on a CPU, in values: 4 MB stay in its cache
 SLACK = 1e-3  # of a score: what rounding may add to it when the same logit comes out of two matrix products
@@ -171,7 +171,7 @@ class SharedPromptDecoder:
         cache = KnownKeys(self.past, keep=True)
         output = self.model.base_model(
             input_ids=tokens,
-            attention_mask=self.masks(seen, positions, key_positions),
+            attention_mask=additive_masks(seen, positions, key_positions, self.window, self.model.dtype),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -180,17 +180,6 @@ class SharedPromptDecoder:
         self.past = [[*pieces, piece] for pieces, piece in zip(self.past or [[]] * len(new), new, strict=True)]
         assert known_tokens(self.past) == key_positions.shape[1]
         return output.last_hidden_state
-
-    def masks(self, seen: Tensor, positions: Tensor, key_positions: Tensor) -> Tensor | dict[str, Tensor]:
-        """Additive masks (B, 1, S, P + S), one per kind of layer where a model has both kinds."""
-        masks = {}
-        for kind in self.window.kinds:
-            allowed = seen
-            if kind == "sliding_attention":
-                allowed = seen & (positions[:, :, None] - key_positions[:, None, :] < self.window.size)
-            mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device)
-            masks[kind] = mask.masked_fill_(~allowed, torch.finfo(mask.dtype).min)[:, None]
-        return masks if len(masks) > 1 else masks[self.window.kinds[0]]
 
 
 class WholeSequenceDecoder:

@@ -6,8 +6,6 @@ flags -> index -> SID tokens -> tokenizer and model -> (frozen) -> tokenized dat
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import json
 import logging
 import math
@@ -20,8 +18,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fire
-
+from checkpoint import PROMPTS_FILE, load_model, load_tokenizer
 from data import (
     DEFAULT_TASKS,
     TASK_GROUPS,
@@ -37,6 +34,9 @@ from data import (
     read_prompts,
     read_rows,
 )
+from evaluate import RECOMMENDING_TASKS, Evaluator, sampled
+from flags import rank, run, suggestion, typed_flags, world_size
+from run_report import REPORT_FILE, model_card, write_run_report
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,8 @@ logger = logging.getLogger("sft")
 FULL_LEARNING_RATE = 3e-4
 FREEZE_STEP = 0.1  # freeze mode's default learning rate, as a share of the embedding's spread: rows alone bear, and need,
 # larger steps than a whole model, and an AdamW step moves each number by about the learning rate
-PROMPTS_FILE = "prompts.json"  # travels with a checkpoint: its wording, filled-in category and tasks
+EVAL_BEAMS = 20  # of the recommendations measured during training: HR@10 with twice as many beams
+BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
 
 
 # ---------------------------------------------------------------------------------------------- the vocabulary
@@ -203,37 +204,6 @@ def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
 # ---------------------------------------------------------------------------------------------- loading and saving
 
 
-def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a pad token, padding on the left (a decoder generates on the right)."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--base_model {base_model}: has no tokenizer that loads ({error_text(error)[:200]})") from None
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        logger.info(f"The tokenizer has no pad token: {tokenizer.eos_token!r} pads")
-    tokenizer.padding_side = "left"
-    return tokenizer
-
-
-def load_model(base_model: str, *, from_scratch: bool, trust_remote_code: bool) -> PreTrainedModel:
-    """The base model in the dtype of its files, or with random weights of its shape."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        if from_scratch:
-            config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            return model.to(config.dtype or model.dtype)
-        return AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})") from None
-
-
 def save_folder(folder: Path, write: typing.Callable[[Path], None]) -> None:
     """Lets `write` fill a folder under a temporary name, then puts it in the place of the old one."""
     scratch = folder.with_name(folder.name + ".tmp")
@@ -261,6 +231,8 @@ def train(
     prompts: str = "",
     sample: int = -1,
     eval_sample: int = -1,
+    eval_recommendation: int = 0,
+    metric_for_best_model: str = "eval_loss",
     cutoff_len: int = 512,
     freeze_LLM: bool = False,
     frozen_prefix: bool = True,
@@ -307,6 +279,8 @@ def train(
         prompts: JSON file with wording of your own, task name -> template
         sample: random rows to train on per task; -1 for all
         eval_sample: random rows to evaluate on; -1 for all
+        eval_recommendation: random rows of eval_file for which each evaluation measures HR@10 and NDCG@10; 0 for none
+        metric_for_best_model: eval_loss, eval_hr@10 or eval_ndcg@10; decides the best checkpoint and early stopping
         cutoff_len: tokens of the longest example; longer ones lose their oldest items, never template or answer
         freeze_LLM: train only the rows of the SID tokens, leave the language model as it is
         frozen_prefix: in freeze mode, compute what no SID can change once and without gradients; the same result, faster
@@ -374,6 +348,7 @@ def train(
         logger.info(f"Trainable parameters: {total:,} / {total:,} (100%)")
     elif flags.learning_rate is None:
         args.learning_rate = rows_learning_rate(model, known_tokens)
+    flags.learning_rate = args.learning_rate  # what was left out is known by now, and the model card names it
     if flags.check:
         show_examples(train_data, tokenizer)
         logger.info("--check: everything was read and nothing was trained")
@@ -393,13 +368,17 @@ def train(
         frozen_prefix=flags.frozen_prefix,
         cache_bytes=int(flags.prefix_cache_gb * 1e9),
         cache_folder=optional_path(flags.prefix_cache_dir),
+        evaluator=recommendation_evaluator(flags, catalogue, wording, tokenizer),
         callbacks=early_stopping(flags, eval_data),
     )
     trainer.train(resume_from_checkpoint=resume_point(flags))
     trainer.log_speed(started)
     if trainer.is_world_process_zero():
         trainer.save_state()
-        save_final(flags, trainer.model, tokenizer, rows, wording, base_dtype)
+        card = model_card(flags, trainer.state, wording)
+        write_run_report(flags, trainer.state, trainer.model, rows)
+        save_final(flags, trainer.model, tokenizer, rows, wording, base_dtype, card)
+        logger.info(f"The report of the run is {Path(flags.output_dir) / REPORT_FILE}")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -461,6 +440,25 @@ def show_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
         logger.info(f"{list(TASKS)[number]}: {prompt!r} -> {answer!r}")
 
 
+def recommendation_evaluator(
+    flags: types.SimpleNamespace, catalogue: Catalogue, wording: dict[str, str], tokenizer: PreTrainedTokenizerBase
+) -> Evaluator | None:
+    """What measures recommendations at each evaluation, on a sample of the evaluation rows; None where not asked for."""
+    if not flags.eval_recommendation:
+        return None
+    rows = sampled(list(read_rows(Path(flags.eval_file), catalogue)), flags.eval_recommendation, flags.seed)
+    return Evaluator(
+        tokenizer,
+        catalogue,
+        wording,
+        rows,
+        task=next(task for task in RECOMMENDING_TASKS if task in flags.tasks.split(",")),
+        num_beams=EVAL_BEAMS,
+        batch_size=flags.micro_batch_size,
+        cutoff_len=flags.cutoff_len,
+    )
+
+
 def compute_dtype(flags: types.SimpleNamespace, base_dtype: torch.dtype) -> torch.dtype:
     """bfloat16 for a frozen model where bf16 is on; otherwise float32 (a model that trains whole keeps float32 weights)."""
     import torch
@@ -505,8 +503,8 @@ def training_arguments(flags: types.SimpleNamespace, steps_per_epoch: int) -> Tr
             **interval,
             save_total_limit=2,
             load_best_model_at_end=evaluate,
-            metric_for_best_model="eval_loss" if evaluate else None,
-            greater_is_better=False if evaluate else None,
+            metric_for_best_model=flags.metric_for_best_model if evaluate else None,
+            greater_is_better=flags.metric_for_best_model != "eval_loss" if evaluate else None,
             report_to="wandb" if flags.wandb_project else flags.report_to,
             run_name=flags.wandb_run_name or None,
             remove_unused_columns=False,
@@ -543,6 +541,7 @@ def save_final(
     rows: SidRows | None,
     wording: dict[str, str],
     base_dtype: torch.dtype,
+    card: str,
 ) -> None:
     """Writes output_dir/final_checkpoint: a plain HF folder in the base model's dtype, with the wording beside it.
 
@@ -576,6 +575,7 @@ def save_final(
             rows.save(scratch / ROWS_FILE, digest)
         content = {"category": category_name(flags.category), "tasks": flags.tasks.split(","), "prompts": wording}
         (scratch / PROMPTS_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        (scratch / "README.md").write_text(card, encoding="utf-8")
 
     final.config.pad_token_id = tokenizer.pad_token_id
     save_folder(folder, write)
@@ -585,53 +585,15 @@ def save_final(
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def world_size() -> int:
-    """Processes of this run, as torchrun tells them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def check_flags(values: dict[str, Any]) -> types.SimpleNamespace:
     """The flags with the types of train()'s signature, checked one by one and against each other, before anything loads."""
-    signature = inspect.signature(train)
-    hints = typing.get_type_hints(train)
-    flags = types.SimpleNamespace(**{name: convert(name, values[name], hints[name]) for name in signature.parameters})
+    flags = typed_flags(train, values)
     flags.tasks = ",".join(name.strip() for name in flags.tasks.split(",") if name.strip())
     check_ranges(flags)
     check_tasks(flags)
     check_paths(flags)
     check_distribution(flags)
     return flags
-
-
-def convert(name: str, value: Any, hint: Any) -> Any:
-    """A flag's value in its type; the command line gives every value as text."""
-    options = typing.get_args(hint) or (hint,)
-    kind = options[0]
-    if value is None and type(None) in options:
-        return None
-    if not isinstance(value, str):
-        if isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
-            return value
-        if kind is float and type(value) is int:
-            return float(value)
-        value = str(value)
-    if kind is str:
-        return value
-    if kind is bool:
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise InputError(f"sft.py: --{name} {value!r} is neither True nor False")
-    try:
-        number = kind(value)
-    except ValueError:
-        raise InputError(f"sft.py: --{name} {value!r} is no {'whole number' if kind is int else 'number'}") from None
-    if not math.isfinite(number):
-        raise InputError(f"sft.py: --{name} {value!r} is no finite number")
-    return number
 
 
 def check_ranges(flags: types.SimpleNamespace) -> None:
@@ -647,6 +609,7 @@ def check_ranges(flags: types.SimpleNamespace) -> None:
         "eval_steps": 0,
         "save_steps": 0,
         "early_stopping_patience": 0,
+        "eval_recommendation": 0,
         "seed": 0,
         "prefix_cache_gb": 0,
         "num_proc": 1,
@@ -678,6 +641,18 @@ def check_ranges(flags: types.SimpleNamespace) -> None:
 
 def check_tasks(flags: types.SimpleNamespace) -> None:
     groups = flags.tasks.split(",")
+    if flags.eval_recommendation and not flags.eval_file:
+        raise InputError("sft.py: --eval_recommendation needs --eval_file")
+    if flags.eval_recommendation and not set(groups) & set(RECOMMENDING_TASKS):
+        raise InputError(f"sft.py: --eval_recommendation needs one of {', '.join(RECOMMENDING_TASKS)} in --tasks")
+    if flags.metric_for_best_model not in BEST_METRICS:
+        raise InputError(
+            f"sft.py: --metric_for_best_model {flags.metric_for_best_model!r}; expected one of {', '.join(BEST_METRICS)}"
+        )
+    if flags.metric_for_best_model != "eval_loss" and not flags.eval_recommendation:
+        raise InputError(
+            f"sft.py: --metric_for_best_model {flags.metric_for_best_model} is measured with --eval_recommendation only"
+        )
     for group in groups:
         if group not in TASK_GROUPS:
             raise InputError(
@@ -735,31 +710,6 @@ def check_distribution(flags: types.SimpleNamespace) -> None:
             raise InputError(f"sft.py: {name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration")
 
 
-def suggestion(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def check_command_line(arguments: list[str]) -> None:
-    """Refuses what fire would only complain about after the run: unknown flags, loose words, a flag given twice."""
-    known = list(inspect.signature(train).parameters)
-    seen = set()
-    expects_value = False
-    for argument in arguments:
-        if not argument.startswith("--"):
-            if not expects_value:
-                raise InputError(f"sft.py: {argument!r} belongs to no flag; expected --flag value")
-            expects_value = False
-            continue
-        name, equals, _ = argument[2:].partition("=")
-        if name not in known:
-            raise InputError(f"sft.py: unknown flag --{name}{suggestion(name, known)}; --help lists them")
-        if name in seen:
-            raise InputError(f"sft.py: --{name} is given twice")
-        seen.add(name)
-        expects_value = not equals
-
-
 def quiet_other_ranks() -> None:
     """Only rank 0 speaks."""
     import datasets
@@ -772,20 +722,7 @@ def quiet_other_ranks() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit code. What a user can mend ends in one line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("sft").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
-    if {"--help", "-h"} & set(arguments):
-        arguments = ["--help"]
-    try:
-        if arguments != ["--help"]:
-            check_command_line(arguments)
-        fire.Fire(fire.decorators.SetParseFn(str)(train), command=arguments, name="sft.py")
-    except InputError as error:
-        if rank() == 0:
-            logger.error(str(error) if str(error).startswith("sft.py") else f"sft.py: {error}")
-        return 2
-    return 0
+    return run(train, arguments, program="sft.py")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ knob() { given "$1" "${@:3}" || add "$1" "$2"; }
 # ---- what is trained on
 CATEGORY=${CATEGORY:-}
 if [ -z "$CATEGORY" ] && [ -z "${TRAIN_FILE:-}" ] && ! given train_file "$@" && ! given help "$@" && ! given category "$@"; then
-  DEMO_DIR=${DEMO_DIR:-output/demo/data}
+  DEMO=1 DEMO_DIR=${DEMO_DIR:-output/demo/data}
   "$PYTHON" demo.py "$DEMO_DIR"
   BASE_MODEL=${BASE_MODEL:-$DEMO_DIR/base}
   TRAIN_FILE=$DEMO_DIR/shop.train.csv EVAL_FILE=$DEMO_DIR/shop.valid.csv
@@ -59,7 +59,8 @@ knob output_dir "${OUTPUT_DIR:-output/$NAME}" "$@"
 knob category "$CATEGORY" "$@"
 knob batch_size "$BATCH_SIZE" "$@"
 knob micro_batch_size "$MICRO_BATCH_SIZE" "$@"
-for flag in tasks prompts preference_file sample eval_sample cutoff_len freeze_LLM frozen_prefix train_from_scratch \
+for flag in tasks prompts preference_file sample eval_sample eval_recommendation metric_for_best_model cutoff_len \
+  freeze_LLM frozen_prefix train_from_scratch \
   num_epochs max_steps learning_rate weight_decay lr_scheduler_type warmup_steps group_by_length group_users \
   prefix_cache_gb prefix_cache_dir seed bf16 logging_steps eval_steps save_steps early_stopping_patience \
   resume_from_checkpoint report_to wandb_project wandb_run_name trust_remote_code cache_dir num_proc check; do
@@ -68,11 +69,18 @@ for flag in tasks prompts preference_file sample eval_sample cutoff_len freeze_L
 done
 
 if [ "$WORLD" -eq 1 ]; then
-  exec "$PYTHON" sft.py "${arguments[@]}" "$@"
+  launch=("$PYTHON")
 elif [ "$NNODES" -eq 1 ]; then
-  exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE" sft.py "${arguments[@]}" "$@"
+  launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC_PER_NODE")
 else
-  exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES" \
-    --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:?set it to the address of node 0}" \
-    --master_port "${MASTER_PORT:-29500}" sft.py "${arguments[@]}" "$@"
+  launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$NPROC_PER_NODE" --nnodes "$NNODES"
+    --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:?set it to the address of node 0}"
+    --master_port "${MASTER_PORT:-29500}")
 fi
+if [ -z "${DEMO:-}" ] || given check "$@" || given output_dir "$@"; then
+  exec "${launch[@]}" sft.py "${arguments[@]}" "$@"
+fi
+# ---- the demo ends with what its model recommends, beside recommenders that need no model
+"${launch[@]}" sft.py "${arguments[@]}" "$@"
+exec "${launch[@]}" evaluate.py --base_model "$OUTPUT_DIR/final_checkpoint" --test_file "$DEMO_DIR/shop.test.csv" \
+  --train_file "$TRAIN_FILE" --sid_index_path "$SID_INDEX_PATH" --item_meta_path "$ITEM_META_PATH" --examples 3

@@ -115,16 +115,23 @@ class Layout(NamedTuple):
     key_positions: np.ndarray
 
     def masks(self, window: Window, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
-        """Additive masks (B, 1, S, P + S), one per kind of layer where a model has several kinds."""
-        masks = {}
-        for kind in window.kinds:
-            seen = self.visible
-            if kind == "sliding_attention":
-                seen = seen & (self.positions[:, :, None] - self.key_positions[:, None, :] < window.size)
-            allowed = torch.from_numpy(seen).to(device).unsqueeze(1)
-            mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-            masks[kind] = mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-        return masks if len(window.kinds) > 1 else masks[window.kinds[0]]
+        """The batch's additive masks."""
+        tensors = (torch.from_numpy(array).to(device) for array in (self.visible, self.positions, self.key_positions))
+        return additive_masks(*tensors, window, dtype)
+
+
+def additive_masks(
+    visible: Tensor, positions: Tensor, key_positions: Tensor, window: Window, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """Masks (B, 1, S, P + S), one per kind of layer where there are several; shapes as in Layout."""
+    masks = {}
+    for kind in window.kinds:
+        allowed = visible
+        if kind == "sliding_attention":
+            allowed = visible & (positions[:, :, None] - key_positions[:, None, :] < window.size)
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        masks[kind] = mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
+    return masks if len(window.kinds) > 1 else masks[window.kinds[0]]
 
 
 def lay_out(trees: list[Tree], *, start: int = 0, known: int = 0, own_keys: list[OwnKeys] | None = None) -> Layout:

@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
 from data import TASKS, InputError
+from evaluate import Evaluator
 from frozen_prefix import FrozenPrefix, disagreement, why_not_exact
 from plain_forward import Examples, Part, PlainForward
 from sid_rows import ROWS_FILE, SidRowAdamW, SidRows
@@ -121,6 +122,7 @@ class SidTrainer(Trainer):
         frozen_prefix: bool,
         cache_bytes: int,
         cache_folder: Path | None,
+        evaluator: Evaluator | None = None,
         **settings,
     ) -> None:
         super().__init__(**settings)
@@ -150,8 +152,10 @@ class SidTrainer(Trainer):
                 self.eval_forward = FrozenPrefix(self.model, rows, evaluated, micro_batch_size)
             else:
                 self.eval_forward = PlainForward(self.model, evaluated, micro_batch_size)
+        self.evaluator = evaluator
         self.reset_task_sums()
         self.tokens_seen, self.train_s = 0, 0.0
+        self.logged_tokens, self.logged_train_s = 0, 0.0
 
     # ---- the forward
 
@@ -265,10 +269,12 @@ class SidTrainer(Trainer):
                 total += forward.nll(part).sum()
         if self.args.world_size > 1:
             dist.all_reduce(total)
-        metrics = {
-            f"{metric_key_prefix}_loss": float(total) / int(forward.examples.labels.sum()),
-            f"{metric_key_prefix}_runtime_s": round(time.monotonic() - started, 2),
-        }
+        metrics = {f"{metric_key_prefix}_loss": float(total) / int(forward.examples.labels.sum())}
+        if self.evaluator is not None:
+            with self.accelerator.autocast():
+                found = self.evaluator.metrics(self.model)
+            metrics |= {f"{metric_key_prefix}_{name}": found[name] for name in ("hr@10", "ndcg@10")}
+        metrics[f"{metric_key_prefix}_runtime_s"] = round(time.monotonic() - started, 2)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -291,6 +297,9 @@ class SidTrainer(Trainer):
                 if labels:
                     logs[f"loss_{name}"] = loss / labels
             self.reset_task_sums()
+            tokens, seconds = self.tokens_seen - self.logged_tokens, self.train_s - self.logged_train_s
+            logs["tokens_per_s"] = tokens / max(seconds, 1e-9)
+            self.logged_tokens, self.logged_train_s = self.tokens_seen, self.train_s
             if not math.isfinite(logs["loss"]):
                 raise InputError(f"the loss is {logs['loss']} at step {self.state.global_step}; try a lower --learning_rate")
         super().log({key: readable(value) for key, value in logs.items()}, start_time)

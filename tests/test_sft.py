@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import sft
+from flags import check_command_line, convert
 from plain_forward import Examples, Part
 from trainer import StepSampler, deal
 
@@ -403,6 +404,17 @@ def test_a_bad_cell_far_down_the_file_leaves_no_cache(flags, shop, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_recommendation_is_measured_logged_and_may_choose_the_best_checkpoint(flags, tmp_path):
+    assert sft.main(flags(eval_recommendation=10, metric_for_best_model="eval_ndcg@10")) == 0
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    measured = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert len(measured) == 2
+    assert all(0 <= entry["eval_ndcg@10"] <= entry["eval_hr@10"] <= 1 for entry in measured)
+    assert state["best_metric"] == max(entry["eval_ndcg@10"] for entry in measured)
+    assert "NDCG@10" in (tmp_path / "run" / "report.md").read_text()
+    assert (tmp_path / "run" / "final_checkpoint" / "README.md").is_file()
+
+
 def test_words_that_belong_to_no_flag_and_flags_given_twice_are_refused():
     for arguments, message in (
         (["train"], "belongs to no flag"),
@@ -410,12 +422,12 @@ def test_words_that_belong_to_no_flag_and_flags_given_twice_are_refused():
         (["--seed", "1", "--seed=2"], "given twice"),
     ):
         with pytest.raises(data.InputError, match=message):
-            sft.check_command_line(arguments)
+            check_command_line(sft.train, arguments)
 
 
 @pytest.mark.parametrize("value", ["true", "True", "false", "False"])
 def test_true_and_false_mean_what_they_say(value):
-    assert sft.convert("freeze_LLM", value, bool) is (value.lower() == "true")
+    assert convert("freeze_LLM", value, bool) is (value.lower() == "true")
 
 
 # ---------------------------------------------------------------------------------------------- steps
@@ -490,6 +502,8 @@ def test_sft_sh_passes_arguments_on_and_lets_them_win(tmp_path):
     assert nodes[:2] == ["-m", "torch.distributed.run"]
     assert value(nodes, "node_rank") == "1"
     demo = words("--freeze_LLM", "True", DEMO_DIR=str(tmp_path / "demo"))
+    assert value(demo[demo.index("evaluate.py") :], "test_file") == str(tmp_path / "demo" / "shop.test.csv")
+    demo = demo[: demo.index("evaluate.py")]
     assert demo[:2] == ["demo.py", str(tmp_path / "demo")]
     assert value(demo, "train_file") == f"{tmp_path}/demo/shop.train.csv"
     assert demo.count("--freeze_LLM") == 1
