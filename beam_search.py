@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from frozen_prefix import HEAD_CHUNK, KnownKeys, Past, known_tokens
+from frozen_prefix import LARGE_ROOM, KnownKeys, Past, known_tokens
 from plain_forward import finish_logits
 from token_trees import additive_masks, common_prefix, pad, sliding_window
 
@@ -230,7 +230,7 @@ class Found(NamedTuple):
 def full_logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[Tensor]:
     """The logits over the whole vocabulary (some, V) of hidden states (n, D), a chunk at a time."""
     head = model.get_output_embeddings()
-    values = CACHED_LOGITS if hidden.device.type == "cpu" else HEAD_CHUNK
+    values = CACHED_LOGITS if hidden.device.type == "cpu" else LARGE_ROOM.logits
     for part in hidden.split(max(1, values // head.weight.shape[0])):
         yield finish_logits(model, head(part))
 

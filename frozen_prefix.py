@@ -41,11 +41,25 @@ from plain_forward import Examples, Part, PlainForward, finish_logits
 from sid_rows import SidRows
 from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, sliding_window
 
-HEAD_CHUNK = 16_000_000  # logits held at a time, in values: 64 MB in float32, large enough to keep a matmul busy
-TAIL_TOKENS = 32  # tail tokens per example of a micro-batch, on average: bounds the activations kept for the backward
-STATIC_TOKENS = 128  # the same for static tokens, which keep no activations, and for the known keys that tails read
-FILL_TOKENS = 1024  # static tokens that are run and kept at a time: the first steps meet many trees, so no more than needed
 TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
+
+
+class Room(NamedTuple):
+    """How much is held at a time.
+
+    tail, static: tokens per example of a micro-batch, on average; tail tokens keep activations for the backward, static ones
+    only stand beside them as known keys. fill: static tokens run and kept at a time. logits: values of the largest piece.
+    """
+
+    tail: int
+    static: int
+    fill: int
+    logits: int
+
+
+SMALL_ROOM = Room(tail=16, static=64, fill=1024, logits=4_000_000)  # a CPU is busy with little, and short of memory
+LARGE_ROOM = Room(tail=128, static=512, fill=8192, logits=64_000_000)  # an accelerator waits for every launch
+LEAST_LABELS = 64  # per piece of logits, so that the head's matrix is not read for a handful of rows
 
 
 # ---------------------------------------------------------------------------------------------- the head
@@ -55,12 +69,11 @@ class LabelLoss(torch.autograd.Function):
     """Sum of -log p(target) over labels, with gradients to the hidden states and to the SID rows of the head only.
 
     hidden (n, D), rows (M, D): differentiable; weight (V, D) holds the rows' current values; targets (n,). The gradient
-    is computed with the loss, chunk by chunk, so no (n, V) tensor outlives its chunk.
+    is computed with the loss, `chunk` labels at a time, so no (n, V) tensor outlives its chunk.
     """
 
     @staticmethod
-    def forward(ctx, hidden, rows, weight, bias, ids, targets, finish):  # noqa: D102
-        chunk = max(1, HEAD_CHUNK // weight.shape[0])
+    def forward(ctx, hidden, rows, weight, bias, ids, targets, finish, chunk):  # noqa: D102
         loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_rows = torch.zeros_like(rows, dtype=loss.dtype) if ctx.needs_input_grad[1] else None
@@ -89,7 +102,7 @@ class LabelLoss(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
             None if grad_rows is None else (grad_rows * grad).to(ctx.rows_dtype),
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -190,9 +203,11 @@ class FrozenPrefix:
     ) -> None:
         self.model, self.rows, self.examples, self.group_users = model, rows, examples, group_users
         self.device, self.dtype = model.device, model.dtype
-        self.tail_tokens, self.static_tokens = micro_batch_size * TAIL_TOKENS, micro_batch_size * STATIC_TOKENS
+        self.room = SMALL_ROOM if self.device.type == "cpu" else LARGE_ROOM
+        self.tail_tokens, self.static_tokens = micro_batch_size * self.room.tail, micro_batch_size * self.room.static
         self.embedding = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
+        self.label_chunk = max(LEAST_LABELS, self.room.logits // len(self.head.weight))
         self.scale = embedding_scale(model)
         vocabulary = self.embedding.weight.shape[0]
         self.row_of = torch.full((vocabulary,), -1, device=self.device)
@@ -346,7 +361,7 @@ class FrozenPrefix:
         sizes = [(self.tree_task(number), len(tree.tokens), number) for number, (_, tree) in self.trees.items()]
         fills: list[list[int]] = []
         for task, size, number in sorted(sizes):
-            full = fills and (len(fills[-1]) + 1) * size > FILL_TOKENS
+            full = fills and (len(fills[-1]) + 1) * size > self.room.fill
             if not fills or full or self.tree_task(fills[-1][0]) != task:
                 fills.append([])
             fills[-1].append(number)
@@ -462,9 +477,7 @@ class FrozenPrefix:
     def frozen_logits(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Log-sum-exp of all logits but the SID rows' (n,), and the logit of the target (n,)."""
         rest, logit = [], []
-        for part, wanted in zip(
-            *(t.split(max(1, HEAD_CHUNK // len(self.head.weight))) for t in (hidden, target)), strict=True
-        ):
+        for part, wanted in zip(hidden.split(self.label_chunk), target.split(self.label_chunk), strict=True):
             logits = finish_logits(self.model, F.linear(part, self.head.weight, self.head.bias))
             logit.append(logits.gather(1, wanted[:, None]).squeeze(1))
             logits[:, self.rows.ids] = -torch.inf
@@ -521,7 +534,7 @@ class FrozenPrefix:
         target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)
         finish = lambda logits: finish_logits(self.model, logits)  # noqa: E731
         weight, bias = self.head.weight.detach(), self.head.bias
-        return LabelLoss.apply(hidden, head_rows, weight, bias, self.rows.ids, target, finish)
+        return LabelLoss.apply(hidden, head_rows, weight, bias, self.rows.ids, target, finish, self.label_chunk)
 
     def tail_groups(self, indices: np.ndarray) -> list[list[int]]:
         """The rows of a tail batch: single examples, or with `group_users` those of one user (and static tree)."""

@@ -313,7 +313,7 @@ def test_the_label_loss_is_cross_entropy_with_gradients_to_hidden_states_and_row
     expected = F.cross_entropy(torch.tanh(h @ w.T) * 3, targets, reduction="sum")
     (2 * expected).backward()
     h2, rows = hidden.clone().requires_grad_(), weight[ids].clone().requires_grad_()
-    found = LabelLoss.apply(h2, rows, weight, None, ids, targets, lambda logits: torch.tanh(logits) * 3)
+    found = LabelLoss.apply(h2, rows, weight, None, ids, targets, lambda logits: torch.tanh(logits) * 3, 4)
     (2 * found).backward()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(h2.grad, h.grad)
