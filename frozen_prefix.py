@@ -57,7 +57,7 @@ class Room(NamedTuple):
     logits: int
 
 
-SMALL_ROOM = Room(tail=16, static=32, fill=512, logits=2_000_000)  # a CPU is busy with little, and short of memory
+SMALL_ROOM = Room(tail=16, static=64, fill=512, logits=2_000_000)  # a CPU is busy with little, and short of memory
 LARGE_ROOM = Room(tail=128, static=512, fill=8192, logits=64_000_000)  # an accelerator waits for every launch
 LEAST_LABELS = 64  # per piece of logits, so that the head's matrix is not read for a handful of rows
 
