@@ -333,7 +333,7 @@ def train(
     assert_sids_round_trip(tokenizer, catalogue)
     train_data, eval_data = datasets_of(flags, catalogue, wording, tokenizer)
 
-    args = training_arguments(flags, steps_per_epoch=math.ceil(len(train_data) / flags.batch_size))
+    args = training_arguments(flags)
     model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code)
     base_dtype = model.dtype
     logger.info(f"Adding {len(new_ids)} new tokens to tokenizer")
@@ -474,7 +474,7 @@ def use_bf16(flags: types.SimpleNamespace) -> bool:
     return flags.bf16 if flags.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
-def training_arguments(flags: types.SimpleNamespace, steps_per_epoch: int) -> TrainingArguments:
+def training_arguments(flags: types.SimpleNamespace) -> TrainingArguments:
     """The flags as HF TrainingArguments. One batch of the Trainer is one optimizer step: the trainer cuts it itself."""
     import torch
     from transformers import TrainingArguments
