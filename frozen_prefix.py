@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ class Room(NamedTuple):
     """How much is held at a time.
 
     tail, static: tokens per example of a micro-batch, on average; tail tokens keep activations for the backward, static ones
-    only stand beside them as known keys. fill: static tokens run and kept at a time. logits: values of the largest piece.
+    only stand beside them as known keys. fill: static tokens run and kept at a time. logits: values of the largest piece of them.
     """
 
     tail: int
@@ -57,53 +58,75 @@ class Room(NamedTuple):
     logits: int
 
 
-SMALL_ROOM = Room(tail=16, static=64, fill=512, logits=2_000_000)  # a CPU is busy with little, and short of memory
+SMALL_ROOM = Room(tail=16, static=48, fill=512, logits=250_000)  # a CPU is busy with little, and short of memory
 LARGE_ROOM = Room(tail=128, static=512, fill=8192, logits=64_000_000)  # an accelerator waits for every launch
-LEAST_LABELS = 64  # per piece of logits, so that the head's matrix is not read for a handful of rows
+LEAST_BLOCK = 512  # rows of the head per piece of logits
 
 
 # ---------------------------------------------------------------------------------------------- the head
 
 
-class LabelLoss(torch.autograd.Function):
-    """Sum of -log p(target) over labels, with gradients to the hidden states and to the SID rows of the head only.
+class FrozenHead(NamedTuple):
+    """An output head whose rows are frozen but for the SID rows. weight (V, D); bias (V,) or None; ids (M,), ascending;
+    finish: what the model does to its logits, element by element; room: values of logits held at a time."""
 
-    hidden (n, D), rows (M, D): differentiable; weight (V, D) holds the rows' current values; targets (n,). The gradient
-    is computed with the loss, `chunk` labels at a time, so no (n, V) tensor outlives its chunk.
-    """
+    weight: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    finish: Callable[[Tensor], Tensor]
+    room: int
+
+    def log_sum_exp(self, hidden: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-sum-exp of the frozen rows' logits (n,), and its gradient in `hidden` (n, D) where wanted.
+
+        The gradient, softmax(hidden W^T) W, is attention with W as keys and values, and is found as attention finds it: a
+        block of W at a time, with a running maximum (https://arxiv.org/abs/1805.02867, https://arxiv.org/abs/2411.09009).
+        No (n, V) matrix exists, and no logit is computed twice.
+        """
+        block = max(LEAST_BLOCK, self.room // max(1, len(hidden)))
+        number = torch.promote_types(hidden.dtype, torch.float32)
+        most = hidden.new_full((len(hidden), 1), torch.finfo(number).min, dtype=number)
+        total = torch.zeros_like(most)
+        gradient = torch.zeros_like(hidden, dtype=number) if with_gradient else None
+        starts = range(0, len(self.weight), block)
+        borders = torch.searchsorted(self.ids, torch.tensor([*starts, len(self.weight)], device=self.ids.device)).tolist()
+        for start, low, high in zip(starts, borders, borders[1:], strict=False):
+            weight = self.weight[start : start + block]
+            raw = F.linear(hidden, weight, None if self.bias is None else self.bias[start : start + block])
+            with torch.set_grad_enabled(with_gradient):
+                logits = self.finish(raw.requires_grad_(with_gradient))
+            shown, before = logits.detach(), most
+            if low < high:
+                shown = shown.index_fill(1, self.ids[low:high] - start, -torch.inf)
+            most = torch.maximum(most, shown.amax(1, keepdim=True))
+            share, shrink = (shown - most).exp_(), (before - most).exp_()
+            total.mul_(shrink).add_(share.sum(1, keepdim=True))
+            if gradient is not None:
+                if logits is not raw:
+                    (share,) = torch.autograd.grad(logits, raw, share)
+                gradient.mul_(shrink).add_(share @ weight)
+        return (most + total.log()).squeeze(1), None if gradient is None else gradient.div_(total).to(hidden.dtype)
+
+    def logit(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """The logits of the targets (n,), differentiable in `hidden` (n, D)."""
+        number = torch.promote_types(hidden.dtype, torch.float32)
+        raw = (hidden.to(number) * self.weight.detach()[target].to(number)).sum(1)
+        return self.finish(raw if self.bias is None else raw + self.bias[target])
+
+
+class FrozenLogSumExp(torch.autograd.Function):
+    """FrozenHead.log_sum_exp as a function of the hidden states; its gradient is computed along with it."""
 
     @staticmethod
-    def forward(ctx, hidden, rows, weight, bias, ids, targets, finish, chunk):  # noqa: D102
-        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_rows = torch.zeros_like(rows, dtype=loss.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), chunk):
-            part, wanted = hidden[start : start + chunk], targets[start : start + chunk]
-            raw = F.linear(part, weight, bias)
-            if not any(ctx.needs_input_grad):
-                loss += F.cross_entropy(finish(raw), wanted, reduction="sum")
-                continue
-            with torch.enable_grad():
-                raw.requires_grad_()
-                part_loss = F.cross_entropy(finish(raw), wanted, reduction="sum")
-                (grad,) = torch.autograd.grad(part_loss, raw)
-            loss += part_loss.detach()
-            if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = grad @ weight
-            if grad_rows is not None:
-                grad_rows += (grad[:, ids].T @ part).to(grad_rows.dtype)
-        ctx.save_for_backward(grad_hidden, grad_rows)
-        ctx.rows_dtype = rows.dtype
-        return loss
+    def forward(ctx, hidden: Tensor, head: FrozenHead) -> Tensor:  # noqa: D102
+        found, gradient = head.log_sum_exp(hidden, with_gradient=ctx.needs_input_grad[0])
+        ctx.save_for_backward(gradient)
+        return found
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
-        grad_hidden, grad_rows = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_rows is None else (grad_rows * grad).to(ctx.rows_dtype),
-            *[None] * 6,
-        )
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None].to(gradient.dtype), None
 
 
 # ---------------------------------------------------------------------------------------------- keys and values
@@ -171,9 +194,9 @@ class Store:
         return tensor
 
 
-class StaticLabels(NamedTuple):
-    """Labels predicted from static positions. hidden (n, D); rest: log-sum-exp over the frozen logits (n,); target
-    logit (n,), of use where the target is frozen; target ids (n,)."""
+class Labels(NamedTuple):
+    """Labels and what predicts them. hidden (n, D); rest: log-sum-exp over the frozen logits (n,); target logit (n,), of use
+    where the target is frozen; target ids (n,)."""
 
     hidden: Tensor
     rest: Tensor
@@ -206,8 +229,9 @@ class FrozenPrefix:
         self.room = SMALL_ROOM if self.device.type == "cpu" else LARGE_ROOM
         self.tail_tokens, self.static_tokens = micro_batch_size * self.room.tail, micro_batch_size * self.room.static
         self.embedding = model.get_input_embeddings()
-        self.head = model.get_output_embeddings()
-        self.label_chunk = max(LEAST_LABELS, self.room.logits // len(self.head.weight))
+        head = model.get_output_embeddings()
+        finish = partial(finish_logits, model)
+        self.head = FrozenHead(head.weight.detach(), head.bias, rows.ids, finish, self.room.logits)
         self.scale = embedding_scale(model)
         vocabulary = self.embedding.weight.shape[0]
         self.row_of = torch.full((vocabulary,), -1, device=self.device)
@@ -327,7 +351,7 @@ class FrozenPrefix:
 
     # ---- static labels
 
-    def make_label_store(self) -> StaticLabels | None:
+    def make_label_store(self) -> Labels | None:
         count, width = int(self.label_start[-1]), self.embedding.weight.shape[1]
         number = torch.promote_types(self.dtype, torch.float32)
         tensors = [
@@ -335,7 +359,7 @@ class FrozenPrefix:
             *(self.store.take((count,), number) for _ in range(2)),
             self.store.take((count,), torch.int64),
         ]
-        return None if any(tensor is None for tensor in tensors) else StaticLabels(*tensors)
+        return None if any(tensor is None for tensor in tensors) else Labels(*tensors)
 
     def choose_kept_keys(self) -> set[int]:
         """The trees whose keys and values have room in the store: those that tails will read, as far as it goes.
@@ -371,7 +395,7 @@ class FrozenPrefix:
         return int(self.examples.task[self.trees[number][0][0]])
 
     @torch.no_grad()
-    def static_pass(self, indices: np.ndarray) -> dict[int, StaticLabels]:
+    def static_pass(self, indices: np.ndarray) -> dict[int, Labels]:
         """Sees to it that the examples' static labels and own prefixes' keys are there; returns the labels not kept.
 
         What the store has room for is filled in, a whole fixed batch of trees at a time; the rest is computed for these
@@ -402,9 +426,9 @@ class FrozenPrefix:
             for number, group in groups.items()
         ]
 
-    def run_static(self, batches: list[list[tuple[int, list[int], Tree]]], *, kept: bool) -> dict[int, StaticLabels]:
+    def run_static(self, batches: list[list[tuple[int, list[int], Tree]]], *, kept: bool) -> dict[int, Labels]:
         """Runs trees; fills the stores (`kept`), or returns the labels and leaves the keys until `forget`."""
-        loose: dict[int, StaticLabels] = {}
+        loose: dict[int, Labels] = {}
         for batch in batches if kept else [part for loose_batch in batches for part in self.split_batch(loose_batch)]:
             task = self.tree_task(batch[0][0])
             keep = any(self.tail_len[i] for _, group, _ in batch for i in group)
@@ -443,9 +467,7 @@ class FrozenPrefix:
         for number in self.tree_keys.keys() - self.keeps_keys:
             del self.tree_keys[number]
 
-    def read_labels(
-        self, batch: list[tuple[int, list[int], Tree]], hidden: Tensor, *, kept: bool
-    ) -> dict[int, StaticLabels]:
+    def read_labels(self, batch: list[tuple[int, list[int], Tree]], hidden: Tensor, *, kept: bool) -> dict[int, Labels]:
         """The static labels of the trees' examples, from the trees' hidden states: into the store, or returned."""
         examples, places, targets, owners = self.examples, [], [], []
         for b, (_, group, tree) in enumerate(batch):
@@ -461,11 +483,11 @@ class FrozenPrefix:
             return {}
         rows = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(places)).to(self.device)]
         target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)
-        labels = StaticLabels(rows, *self.frozen_logits(rows, target), target)
+        labels = self.read(rows, target)
         loose, start = {}, 0
         for i in owners:
             end = start + int(self.static_labels[i])
-            part = StaticLabels(*(tensor[start:end] for tensor in labels))
+            part = Labels(*(tensor[start:end] for tensor in labels))
             if kept:
                 for room, tensor in zip(self.kept_labels, part, strict=True):
                     room[self.label_start[i] : self.label_start[i + 1]] = tensor
@@ -474,33 +496,31 @@ class FrozenPrefix:
             start = end
         return loose
 
-    def frozen_logits(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp of all logits but the SID rows' (n,), and the logit of the target (n,)."""
-        rest, logit = [], []
-        for part, wanted in zip(hidden.split(self.label_chunk), target.split(self.label_chunk), strict=True):
-            logits = finish_logits(self.model, F.linear(part, self.head.weight, self.head.bias))
-            logit.append(logits.gather(1, wanted[:, None]).squeeze(1))
-            logits[:, self.rows.ids] = -torch.inf
-            rest.append(logits.logsumexp(1))
-        return torch.cat(rest), torch.cat(logit)
+    def read(self, hidden: Tensor, target: Tensor) -> Labels:
+        """The labels that hidden states (n, D) predict; differentiable in the hidden states where those are."""
+        return Labels(hidden, FrozenLogSumExp.apply(hidden, self.head), self.head.logit(hidden, target), target)
 
-    def static_nll(self, indices: np.ndarray, loose: dict[int, StaticLabels], rows: Tensor) -> Tensor:
+    def label_nll(self, labels: Labels, rows: Tensor) -> Tensor:
+        """Sum of -log p over labels, differentiable in the head's SID rows (M, D) and wherever the labels are."""
+        bias = None if self.head.bias is None else self.head.bias[self.rows.ids]
+        sid_logits = self.head.finish(F.linear(labels.hidden, rows, bias))
+        place = self.row_of[labels.target]
+        trained = sid_logits.gather(1, place.clamp(min=0)[:, None]).squeeze(1)
+        target = torch.where(place >= 0, trained, labels.logit)
+        return (torch.logaddexp(labels.rest, sid_logits.logsumexp(1)) - target).sum()
+
+    def static_nll(self, indices: np.ndarray, loose: dict[int, Labels], rows: Tensor) -> Tensor:
         """Sum of -log p over the static labels of the examples, differentiable in the head's SID rows (M, D)."""
         owners = [int(i) for i in indices if self.static_labels[i]]
         if not owners:
             return rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
         if self.kept_labels is None:
-            labels = StaticLabels(*(torch.cat(parts) for parts in zip(*(loose[i] for i in owners), strict=True)))
+            labels = Labels(*(torch.cat(parts) for parts in zip(*(loose[i] for i in owners), strict=True)))
         else:
             spans = [np.arange(self.label_start[i], self.label_start[i + 1]) for i in owners]
             places = torch.from_numpy(np.concatenate(spans)).to(self.kept_labels.hidden.device)
-            labels = StaticLabels(*(tensor[places].to(self.device) for tensor in self.kept_labels))
-        bias = None if self.head.bias is None else self.head.bias[self.rows.ids]
-        sid_logits = finish_logits(self.model, F.linear(labels.hidden, rows, bias))
-        place = self.row_of[labels.target]
-        trained = sid_logits.gather(1, place.clamp(min=0)[:, None]).squeeze(1)
-        target = torch.where(place >= 0, trained, labels.logit)
-        return (torch.logaddexp(labels.rest, sid_logits.logsumexp(1)) - target).sum()
+            labels = Labels(*(tensor[places].to(self.device) for tensor in self.kept_labels))
+        return self.label_nll(labels, rows)
 
     # ---- tails
 
@@ -532,9 +552,7 @@ class FrozenPrefix:
         flat = np.concatenate([b * hidden.shape[1] + path for b, path in places])
         hidden = hidden.flatten(0, 1)[torch.from_numpy(flat).to(self.device)]
         target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)
-        finish = lambda logits: finish_logits(self.model, logits)  # noqa: E731
-        weight, bias = self.head.weight.detach(), self.head.bias
-        return LabelLoss.apply(hidden, head_rows, weight, bias, self.rows.ids, target, finish, self.label_chunk)
+        return self.label_nll(self.read(hidden, target), head_rows)
 
     def tail_groups(self, indices: np.ndarray) -> list[list[int]]:
         """The rows of a tail batch: single examples, or with `group_users` those of one user (and static tree)."""

@@ -10,7 +10,7 @@ from conftest import small_model
 
 import sft
 from data import TASKS
-from frozen_prefix import FrozenPrefix, LabelLoss, disagreement, why_not_exact
+from frozen_prefix import FrozenHead, FrozenLogSumExp, FrozenPrefix, disagreement, why_not_exact
 from plain_forward import Examples, PlainForward
 from sid_rows import SidRowAdamW, SidRows
 from token_trees import build_tree, pad
@@ -305,19 +305,26 @@ def test_each_user_s_shared_beginning_is_run_once(tokenizer, sid_tokens, dataset
     assert covered == np.nonzero(frozen.own_len > 0)[0].tolist()
 
 
-def test_the_label_loss_is_cross_entropy_with_gradients_to_hidden_states_and_rows():
+@pytest.mark.parametrize("finish", [lambda logits: logits, lambda logits: torch.tanh(logits) * 3])
+@pytest.mark.parametrize("ids", [[3, 7, 1029], list(range(512, 1024)), list(range(1200))])
+def test_the_frozen_head_s_log_sum_exp_and_gradient_are_those_of_all_its_logits(ids, finish):
+    """Blocks of 512 rows: with some SID rows, with none, and of SID rows alone."""
     torch.manual_seed(0)
-    hidden, weight, ids = torch.randn(9, 4), torch.randn(30, 4), torch.tensor([3, 7, 29])
-    targets = torch.randint(30, (9,))
-    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    expected = F.cross_entropy(torch.tanh(h @ w.T) * 3, targets, reduction="sum")
-    (2 * expected).backward()
-    h2, rows = hidden.clone().requires_grad_(), weight[ids].clone().requires_grad_()
-    found = LabelLoss.apply(h2, rows, weight, None, ids, targets, lambda logits: torch.tanh(logits) * 3, 4)
-    (2 * found).backward()
+    hidden, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((9, 4), (1300, 4), (1300,)))
+    head = FrozenHead(weight, bias, torch.tensor(ids), finish, room=1)
+    h, wanted_h = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    logits = finish(F.linear(wanted_h, weight, bias))
+    frozen = torch.ones(1300, dtype=torch.bool)
+    frozen[ids] = False
+    expected = logits[:, frozen].logsumexp(1)
+    found = FrozenLogSumExp.apply(h, head)
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(h2.grad, h.grad)
-    torch.testing.assert_close(rows.grad, w.grad[ids])
+    scale = torch.arange(1.0, 10.0, dtype=torch.float64)
+    (found * scale).sum().backward()
+    (expected * scale).sum().backward()
+    torch.testing.assert_close(h.grad, wanted_h.grad)
+    targets = torch.randint(1300, (9,))
+    torch.testing.assert_close(head.logit(hidden, targets), logits.gather(1, targets[:, None]).squeeze(1).detach())
 
 
 def test_dropout_of_frozen_blocks_is_off_and_counted(tokenizer):
