@@ -24,6 +24,7 @@ and values, N nodes of a tree.
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -37,10 +38,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from data import TASKS
+from data import TASKS, InputError
 from plain_forward import Examples, Part, PlainForward, finish_logits
 from sid_rows import SidRows
-from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, sliding_window
+from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, pad, sliding_window
 
 TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 
@@ -49,7 +50,7 @@ class Room(NamedTuple):
     """How much is held at a time.
 
     tail, static: tokens per example of a micro-batch, on average; tail tokens keep activations for the backward, static ones
-    only stand beside them as known keys. fill: static tokens run and kept at a time. logits: values of the largest piece of them.
+    only stand beside them as known keys. fill: static tokens run and kept at a time. logits: values of a piece of them.
     """
 
     tail: int
@@ -60,6 +61,7 @@ class Room(NamedTuple):
 
 SMALL_ROOM = Room(tail=16, static=48, fill=512, logits=250_000)  # a CPU is busy with little, and short of memory
 LARGE_ROOM = Room(tail=128, static=512, fill=8192, logits=64_000_000)  # an accelerator waits for every launch
+DEVICE, HOST = "device", "host"  # where the store may be, besides a folder
 LEAST_BLOCK = 512  # rows of the head per piece of logits
 
 
@@ -135,13 +137,11 @@ class FrozenLogSumExp(torch.autograd.Function):
 Past = list[list[tuple[Tensor, Tensor]]]  # per layer, pieces of keys and values, each (1 or B, heads, P, head size)
 
 
-class TreeKeys(NamedTuple):
-    """Keys and values of a tree of own prefixes. keys (N, layers, 2, heads, head size); depth (N,); paths: example ->
-    the nodes of its own prefix."""
+class PrefixKeys(NamedTuple):
+    """Keys and values of own prefixes. keys (K, layers, 2, heads, head size); rows: example -> the rows of its tokens."""
 
     keys: Tensor
-    depth: np.ndarray
-    paths: dict[int, np.ndarray]
+    rows: dict[int, np.ndarray]
 
 
 class KnownKeys(Cache):
@@ -171,10 +171,13 @@ def known_tokens(past: Past) -> int:
 
 
 class Store:
-    """Room for what is kept over the run, in bytes: on the model's device, or mapped to a file of `folder`."""
+    """Room for what is kept over the run, in bytes: on the model's device, in the host's memory, or mapped to files.
 
-    def __init__(self, budget: int, device: torch.device, folder: Path | None) -> None:
-        self.left, self.device, self.folder, self.files = budget, device, folder, 0
+    place: DEVICE, HOST, or a folder.
+    """
+
+    def __init__(self, budget: int, device: torch.device, place: str | Path) -> None:
+        self.left, self.device, self.place, self.files = budget, device, place, 0
 
     def has_room(self, size: int) -> bool:
         return size <= self.left
@@ -185,13 +188,33 @@ class Store:
         if not self.has_room(size):
             return None
         self.left -= size
-        if self.folder is None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
+        if self.place in (DEVICE, HOST) or not size:
+            return torch.empty(shape, dtype=dtype, device="cpu" if self.place == HOST else self.device)
+        if size > (free := shutil.disk_usage(self.place).free):  # a mapped page without a disk behind it kills the process
+            raise InputError(
+                f"{self.place}: has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are to be kept there; "
+                "choose another folder (--prefix_cache_in) or less (--prefix_cache_gb)"
+            )
         self.files += 1
-        path = self.folder / f"store-{self.files}"
+        path = Path(self.place) / f"store-{self.files}"
         tensor = torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
         path.unlink()  # the mapping lives on, and nothing is left behind whatever happens
         return tensor
+
+    def read(self, kept: Tensor, rows: np.ndarray) -> Tensor:
+        """Some rows of a kept tensor, on the model's device; from the host through pinned memory, without waiting."""
+        places = torch.from_numpy(rows).to(kept.device)
+        if kept.device == self.device or self.device.type != "cuda":
+            return kept.index_select(0, places).to(self.device)
+        pinned = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, pin_memory=True)
+        return torch.index_select(kept, 0, places, out=pinned).to(self.device, non_blocking=True)
+
+
+class PrefixTree(NamedTuple):
+    """The own prefixes of some examples of one user and task as one tree; its paths are the members', in their order."""
+
+    members: list[int]
+    tree: Tree
 
 
 class Labels(NamedTuple):
@@ -221,7 +244,7 @@ class FrozenPrefix:
         micro_batch_size: int,
         *,
         cache_bytes: int = 0,
-        cache_folder: Path | None = None,
+        cache_place: str | Path = DEVICE,
         group_users: bool = False,
     ) -> None:
         self.model, self.rows, self.examples, self.group_users = model, rows, examples, group_users
@@ -247,13 +270,13 @@ class FrozenPrefix:
         self.tail_len = examples.length - 1 - self.static_end
         self.template_keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-        self.trees: dict[int, tuple[list[int], Tree]] = {}  # number -> members, tree of their own prefixes
-        self.tree_of = self.plant_trees()
-        self.store = Store(cache_bytes, self.device, cache_folder)
+        self.trees: list[PrefixTree] = []
+        self.tree_of, self.place_in_tree = self.plant_trees()
+        self.store = Store(cache_bytes, self.device, cache_place)
         self.label_start = np.concatenate([[0], np.cumsum(self.static_labels)])
         self.kept_labels = self.make_label_store()
-        self.keeps_keys = self.choose_kept_keys()
-        self.tree_keys: dict[int, TreeKeys] = {}
+        self.key_start, self.kept_nodes = self.choose_kept_keys()
+        self.kept_keys: Tensor | None = None  # (kept nodes, layers, 2, heads, head size) from the first one on
         self.fills = self.plan_fills()
         self.fill_of = {number: place for place, fill in enumerate(self.fills) for number in fill}
         self.filled = np.zeros(len(self.fills), dtype=bool)
@@ -272,16 +295,20 @@ class FrozenPrefix:
             found[int(task)] = np.array(shared)
         return found
 
-    def plant_trees(self) -> np.ndarray:
-        """Groups the examples that have an own prefix by task and user into trees; returns each example's tree, or -1."""
+    def plant_trees(self) -> tuple[np.ndarray, np.ndarray]:
+        """Groups the examples that have an own prefix by task and user into trees; returns each example's tree, or -1, and
+        its place among the tree's members."""
         examples = self.examples
-        tree_of = np.full(len(examples), -1, dtype=np.int64)
+        tree_of, place = np.full((2, len(examples)), -1, dtype=np.int64)
         for members in group_by_user(examples, np.nonzero(self.own_len > 0)[0], examples.task):
             for part in self.split_members(members):
-                tree = build_tree([examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in part])
-                tree_of[part] = len(self.trees)
-                self.trees[len(self.trees)] = (part, tree)
-        return tree_of
+                tree_of[part], place[part] = len(self.trees), np.arange(len(part))
+                self.trees.append(self.prefix_tree(part))
+        return tree_of, place
+
+    def prefix_tree(self, members: list[int]) -> PrefixTree:
+        ids = self.examples.ids
+        return PrefixTree(members, build_tree([ids(i)[self.template_len[i] : self.static_end[i]] for i in members]))
 
     def split_members(self, members: list[int]) -> Iterable[list[int]]:
         """Cuts a user's examples, shortest first, so that no tree can outgrow TREE_TOKENS (a lone example may)."""
@@ -361,140 +388,154 @@ class FrozenPrefix:
         ]
         return None if any(tensor is None for tensor in tensors) else Labels(*tensors)
 
-    def choose_kept_keys(self) -> set[int]:
-        """The trees whose keys and values have room in the store: those that tails will read, as far as it goes.
+    def choose_kept_keys(self) -> tuple[dict[int, int], int]:
+        """The trees whose keys and values have room in the store, those that tails will read, as far as it goes: number ->
+        first row of `kept_keys`; and how many rows that will have.
 
         What is kept is decided before the first step, and computed in batches fixed here and now (`plan_fills`), so that no
         number depends on the order of the steps: a resumed run meets the very same bits.
         """
-        kept: set[int] = set()
+        start: dict[int, int] = {}
+        nodes = 0
         if self.kept_labels is None:
-            return kept
-        left = self.store.left
-        for number, (members, tree) in self.trees.items():
-            size = len(tree.tokens) * self.key_bytes
-            if size <= left and any(self.tail_len[i] for i in members):
-                kept.add(number)
-                left -= size
-        return kept
+            return start, nodes
+        for number, (members, tree) in enumerate(self.trees):
+            if (self.tail_len[members] > 0).any() and self.store.has_room((nodes + len(tree.tokens)) * self.key_bytes):
+                start[number] = nodes
+                nodes += len(tree.tokens)
+        return start, nodes
 
     def plan_fills(self) -> list[list[int]]:
         """Fixed batches of trees, of one task and similar size each, that are run whole when first needed and kept."""
         if self.kept_labels is None:
             return []
-        sizes = [(self.tree_task(number), len(tree.tokens), number) for number, (_, tree) in self.trees.items()]
+        sizes = [(self.task_of(prefix), len(prefix.tree.tokens), number) for number, prefix in enumerate(self.trees)]
         fills: list[list[int]] = []
         for task, size, number in sorted(sizes):
             full = fills and (len(fills[-1]) + 1) * size > self.room.fill
-            if not fills or full or self.tree_task(fills[-1][0]) != task:
+            if not fills or full or self.task_of(self.trees[fills[-1][0]]) != task:
                 fills.append([])
             fills[-1].append(number)
         return fills
 
-    def tree_task(self, number: int) -> int:
-        return int(self.examples.task[self.trees[number][0][0]])
+    def task_of(self, prefix: PrefixTree) -> int:
+        return int(self.examples.task[prefix.members[0]])
 
     @torch.no_grad()
-    def static_pass(self, indices: np.ndarray) -> dict[int, Labels]:
-        """Sees to it that the examples' static labels and own prefixes' keys are there; returns the labels not kept.
+    def static_pass(self, indices: np.ndarray) -> tuple[Labels | None, PrefixKeys | None]:
+        """What a micro-batch needs of its own prefixes: the labels that are not kept, and keys and values for its tails.
 
         What the store has room for is filled in, a whole fixed batch of trees at a time; the rest is computed for these
         examples alone.
         """
         with_tree = [int(i) for i in indices if self.tree_of[i] >= 0]
         if self.kept_labels is None:
-            return self.run_static([self.step_trees(with_tree)], kept=False)
-        needed = {self.fill_of[int(self.tree_of[i])] for i in with_tree}
-        fills = [fill for fill in sorted(needed) if not self.filled[fill]]
-        self.run_static([[(number, *self.trees[number]) for number in self.fills[fill]] for fill in fills], kept=True)
-        self.filled[fills] = True
-        passing = [i for i in with_tree if self.tail_len[i] and int(self.tree_of[i]) not in self.keeps_keys]
-        self.run_static([self.step_trees(passing)], kept=False)
-        return {}
+            return self.run_loose(with_tree)
+        self.fill(with_tree)
+        tails = [i for i in with_tree if self.tail_len[i]]
+        if tails and not self.keeps_keys(tails[0]):
+            return None, self.run_loose(tails)[1]
+        return None, PrefixKeys(self.kept_keys, {i: self.kept_rows(i) for i in tails}) if tails else None
 
-    def step_trees(self, members: list[int]) -> list[tuple[int, list[int], Tree]]:
-        """(tree number, examples, tree) for these examples alone."""
+    def keeps_keys(self, i: int) -> bool:
+        """Whether the store has room for the keys and values of an example's own prefix."""
+        return int(self.tree_of[i]) in self.key_start
+
+    def kept_rows(self, i: int) -> np.ndarray:
+        """The rows of `kept_keys` that hold an example's own prefix."""
+        number = int(self.tree_of[i])
+        return self.key_start[number] + self.trees[number].tree.paths[self.place_in_tree[i]]
+
+    def fill(self, members: list[int]) -> None:
+        """Computes what is to be kept of the examples' trees, where that has not happened yet."""
+        needed = {self.fill_of[int(self.tree_of[i])] for i in members}
+        for number in sorted(fill for fill in needed if not self.filled[fill]):
+            batch = [self.trees[tree] for tree in self.fills[number]]
+            starts = [self.key_start.get(tree, -1) for tree in self.fills[number]]
+            hidden, new = self.run_prefixes(batch, keep=max(starts) >= 0)
+            if (found := self.labels_of(batch, hidden)) is not None:
+                owners, labels = found
+                places = torch.from_numpy(self.label_places(owners)).to(self.kept_labels.hidden.device)
+                for room, part in zip(self.kept_labels, labels, strict=True):
+                    room[places] = part.to(room.device)
+            if new is not None:
+                self.keep_keys(batch, starts, new)
+            self.filled[number] = True
+
+    def keep_keys(self, batch: list[PrefixTree], starts: list[int], new: Tensor) -> None:
+        """Puts new keys and values (B, S, layers, 2, heads, head size) of trees into the store, where they have a start."""
+        if self.kept_keys is None:
+            self.kept_keys = self.store.take((self.kept_nodes, *new.shape[2:]), new.dtype)
+        for row, start, (_, tree) in zip(new, starts, batch, strict=True):
+            if start >= 0:
+                self.kept_keys[start : start + len(tree.tokens)] = row[: len(tree.tokens)].to(self.kept_keys.device)
+
+    def run_loose(self, members: list[int]) -> tuple[Labels | None, PrefixKeys | None]:
+        """Static labels, and keys and values, of some examples alone, for one micro-batch."""
         groups: dict[int, list[int]] = defaultdict(list)
         for i in members:
             groups[int(self.tree_of[i])].append(i)
-        return [
-            (
-                number,
-                group,
-                build_tree([self.examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in group]),
-            )
-            for number, group in groups.items()
-        ]
+        labels: list[Labels] = []
+        keys: list[Tensor] = []
+        rows: dict[int, np.ndarray] = {}
+        count = 0
+        for batch in self.split_batch([self.prefix_tree(group) for group in groups.values()]):
+            hidden, new = self.run_prefixes(batch, keep=bool(self.tail_len[batch[0].members[0]]))
+            if self.kept_labels is None and (found := self.labels_of(batch, hidden)) is not None:
+                labels.append(found[1])
+            if new is None:
+                continue
+            for row, (group, tree) in zip(new, batch, strict=True):
+                keys.append(row[: len(tree.tokens)])
+                rows |= {i: count + path for i, path in zip(group, tree.paths, strict=True)}
+                count += len(tree.tokens)
+        return (
+            Labels(*(torch.cat(parts) for parts in zip(*labels, strict=True))) if labels else None,
+            PrefixKeys(torch.cat(keys), rows) if keys else None,
+        )
 
-    def run_static(self, batches: list[list[tuple[int, list[int], Tree]]], *, kept: bool) -> dict[int, Labels]:
-        """Runs trees; fills the stores (`kept`), or returns the labels and leaves the keys until `forget`."""
-        loose: dict[int, Labels] = {}
-        for batch in batches if kept else [part for loose_batch in batches for part in self.split_batch(loose_batch)]:
-            task = self.tree_task(batch[0][0])
-            keep = any(self.tail_len[i] for _, group, _ in batch for i in group)
-            past = [[piece] for piece in self.keys_of_template(task)]
-            trees = [tree for _, _, tree in batch]
-            hidden, new = self.run_trees(trees, start=len(self.templates[task]), past=past, rows=None, keep=keep)
-            for b, (number, group, tree) in enumerate(batch):
-                if keep and (number in self.keeps_keys or not kept):
-                    self.keep_keys(number, group, tree, new, b)
-            if kept or self.kept_labels is None:
-                loose |= self.read_labels(batch, hidden, kept=kept)
-        return loose
+    def run_prefixes(self, batch: list[PrefixTree], *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B, S, D) of trees of one task; if wanted, keys and values (B, S, layers, 2, heads, head size)."""
+        task = self.task_of(batch[0])
+        past = [[piece] for piece in self.keys_of_template(task)]
+        trees = [tree for _, tree in batch]
+        hidden, new = self.run_trees(trees, start=len(self.templates[task]), past=past, rows=None, keep=keep)
+        if not keep:
+            return hidden, None
+        return hidden, torch.stack([torch.stack(new[layer]) for layer in sorted(new)]).permute(2, 4, 0, 1, 3, 5)
 
-    def split_batch(self, batch: list[tuple[int, list[int], Tree]]) -> Iterable[list[tuple[int, list[int], Tree]]]:
+    def split_batch(self, batch: list[PrefixTree]) -> Iterable[list[PrefixTree]]:
         """Cuts a batch of trees so that a part holds trees of similar size and no more than `static_tokens`."""
-        part: list[tuple[int, list[int], Tree]] = []
-        for entry in sorted(batch, key=lambda entry: (len(entry[2].tokens), entry[0])):
-            if part and (len(part) + 1) * len(entry[2].tokens) > self.static_tokens:
+        part: list[PrefixTree] = []
+        for prefix in sorted(batch, key=lambda prefix: (len(prefix.tree.tokens), prefix.members)):
+            if part and (len(part) + 1) * len(prefix.tree.tokens) > self.static_tokens:
                 yield part
                 part = []
-            part.append(entry)
+            part.append(prefix)
         if part:
             yield part
 
-    def keep_keys(self, number: int, group: list[int], tree: Tree, new: dict[int, tuple[Tensor, Tensor]], b: int) -> None:
-        """Takes row b of new keys and values, into the store where there is room for them, or else until `forget`."""
-        nodes = len(tree.tokens)
-        layers = [torch.stack([k[b, :, :nodes], v[b, :, :nodes]]) for k, v in (new[layer] for layer in sorted(new))]
-        keys = torch.stack(layers).permute(3, 0, 1, 2, 4)
-        if number in self.keeps_keys:
-            keys = self.store.take(tuple(keys.shape), keys.dtype).copy_(keys)
-        self.tree_keys[number] = TreeKeys(keys, tree.depth, dict(zip(group, tree.paths, strict=True)))
-
-    def forget(self) -> None:
-        """Drops the keys and values that the store has no room for."""
-        for number in self.tree_keys.keys() - self.keeps_keys:
-            del self.tree_keys[number]
-
-    def read_labels(self, batch: list[tuple[int, list[int], Tree]], hidden: Tensor, *, kept: bool) -> dict[int, Labels]:
-        """The static labels of the trees' examples, from the trees' hidden states: into the store, or returned."""
+    def labels_of(self, batch: list[PrefixTree], hidden: Tensor) -> tuple[list[int], Labels] | None:
+        """Those of the trees' members that have static labels, and these labels, from the trees' hidden states (B, S, D)."""
         examples, places, targets, owners = self.examples, [], [], []
-        for b, (_, group, tree) in enumerate(batch):
-            for i, path in zip(group, tree.paths, strict=True):
-                if not self.static_labels[i]:
-                    continue
-                first = examples.prompt_len[i] - 1
-                nodes = path[first - self.template_len[i] :]
-                places.append(b * hidden.shape[1] + nodes)
-                targets.append(examples.ids(i)[first + 1 : first + 1 + len(nodes)])
-                owners.append(i)
+        for b, (members, tree) in enumerate(batch):
+            for i, path in zip(members, tree.paths, strict=True):
+                if self.static_labels[i]:
+                    first = examples.prompt_len[i] - 1
+                    nodes = path[first - self.template_len[i] :]
+                    places.append(b * hidden.shape[1] + nodes)
+                    targets.append(examples.ids(i)[first + 1 : first + 1 + len(nodes)])
+                    owners.append(i)
         if not owners:
-            return {}
-        rows = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(places)).to(self.device)]
-        target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)
-        labels = self.read(rows, target)
-        loose, start = {}, 0
-        for i in owners:
-            end = start + int(self.static_labels[i])
-            part = Labels(*(tensor[start:end] for tensor in labels))
-            if kept:
-                for room, tensor in zip(self.kept_labels, part, strict=True):
-                    room[self.label_start[i] : self.label_start[i + 1]] = tensor
-            else:
-                loose[i] = part
-            start = end
-        return loose
+            return None
+        place, target = (
+            torch.from_numpy(np.concatenate(part).astype(np.int64)).to(self.device) for part in (places, targets)
+        )
+        return owners, self.read(hidden.flatten(0, 1)[place], target)
+
+    def label_places(self, owners: list[int]) -> np.ndarray:
+        """Where the store keeps the static labels of some examples."""
+        return np.concatenate([np.arange(self.label_start[i], self.label_start[i + 1]) for i in owners])
 
     def read(self, hidden: Tensor, target: Tensor) -> Labels:
         """The labels that hidden states (n, D) predict; differentiable in the hidden states where those are."""
@@ -509,42 +550,37 @@ class FrozenPrefix:
         target = torch.where(place >= 0, trained, labels.logit)
         return (torch.logaddexp(labels.rest, sid_logits.logsumexp(1)) - target).sum()
 
-    def static_nll(self, indices: np.ndarray, loose: dict[int, Labels], rows: Tensor) -> Tensor:
+    def static_nll(self, indices: np.ndarray, loose: Labels | None, rows: Tensor) -> Tensor:
         """Sum of -log p over the static labels of the examples, differentiable in the head's SID rows (M, D)."""
         owners = [int(i) for i in indices if self.static_labels[i]]
         if not owners:
             return rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
         if self.kept_labels is None:
-            labels = Labels(*(torch.cat(parts) for parts in zip(*(loose[i] for i in owners), strict=True)))
-        else:
-            spans = [np.arange(self.label_start[i], self.label_start[i + 1]) for i in owners]
-            places = torch.from_numpy(np.concatenate(spans)).to(self.kept_labels.hidden.device)
-            labels = Labels(*(tensor[places].to(self.device) for tensor in self.kept_labels))
-        return self.label_nll(labels, rows)
+            return self.label_nll(loose, rows)
+        places = self.label_places(owners)
+        return self.label_nll(Labels(*(self.store.read(tensor, places) for tensor in self.kept_labels)), rows)
 
     # ---- tails
 
-    def tail_nll(self, indices: np.ndarray, rows: Tensor, head_rows: Tensor) -> Tensor:
+    def tail_nll(self, indices: np.ndarray, known: PrefixKeys | None, rows: Tensor, head_rows: Tensor) -> Tensor:
         """Sum of -log p over the labels predicted from the tails, differentiable in both tables' SID rows (M, D)."""
         examples = self.examples
         task = int(examples.task[indices[0]])
-        trees, reads, keys, places, targets = [], [], [], [], []
+        trees, reads, nodes, places, targets = [], [], [], [], []
         for group in self.tail_groups(indices):
-            tree, static = self.tail_tree(group)
-            if static is not None:
-                nodes, seen = static
-                known = self.tree_keys[int(self.tree_of[group[0]])]
-                keys.append(known.keys[torch.from_numpy(nodes)])
-                reads.append(OwnKeys(known.depth[nodes] + len(self.templates[task]), seen))
+            tree = self.tail_tree(group)
+            if known is not None:
+                own, read = self.own_keys(group, tree, known)
+                nodes.append(own)
+                reads.append(read)
             for i, path in zip(group, tree.paths, strict=True):
                 first = max(int(examples.prompt_len[i]) - 1, int(self.static_end[i]))  # first predicting position here
                 places.append((len(trees), path[len(path) - (int(examples.length[i]) - 1 - first) :]))
                 targets.append(examples.ids(i)[first + 1 :])
             trees.append(tree)
-        template = self.keys_of_template(task)
-        past = [[piece] for piece in template]
-        if keys:
-            own = self.stack_keys(keys)
+        past = [[piece] for piece in self.keys_of_template(task)]
+        if known is not None:
+            own = self.stack_keys(known.keys, pad(nodes))
             past = [[*pieces, piece] for pieces, piece in zip(past or [[]] * len(own), own, strict=True)]
         hidden, _ = self.run_trees(
             trees, start=len(self.templates[task]), past=past, rows=rows, keep=False, own_keys=reads or None
@@ -558,54 +594,56 @@ class FrozenPrefix:
         """The rows of a tail batch: single examples, or with `group_users` those of one user (and static tree)."""
         return group_by_user(self.examples, indices, self.tree_of) if self.group_users else [[int(i)] for i in indices]
 
-    def tail_tree(self, group: list[int]) -> tuple[Tree, tuple[np.ndarray, np.ndarray] | None]:
-        """The tree of a group's tails, and what of its static tree it reads: nodes (P,), and which each tail node sees."""
+    def tail_tree(self, group: list[int]) -> Tree:
+        """The tree of a group's tails; its paths are the examples', in their order."""
         examples = self.examples
         if len(group) == 1:
             (i,) = group
             tokens = examples.ids(i)[self.static_end[i] : examples.length[i] - 1]
-            tree = Tree(tokens, np.arange(len(tokens)) + int(self.own_len[i]), [np.arange(len(tokens))])
-            if self.tree_of[i] < 0:
-                return tree, None
-            path = self.tree_keys[int(self.tree_of[i])].paths[i]
-            return tree, (path, np.ones((len(tokens), len(path)), dtype=bool))
+            return Tree(tokens, np.arange(len(tokens)) + int(self.own_len[i]), [np.arange(len(tokens))])
         whole = build_tree([examples.ids(i)[self.template_len[i] : examples.length[i] - 1] for i in group])
         dynamic = np.zeros(len(whole.tokens), dtype=bool)
         for i, path in zip(group, whole.paths, strict=True):
             dynamic[path[int(self.own_len[i]) :]] = True
         number = np.cumsum(dynamic) - 1
         paths = [number[path[int(self.own_len[i]) :]] for i, path in zip(group, whole.paths, strict=True)]
-        tree = Tree(whole.tokens[dynamic], whole.depth[dynamic], paths)
-        if self.tree_of[group[0]] < 0:
-            return tree, None
-        own_paths = self.tree_keys[int(self.tree_of[group[0]])].paths
-        nodes = np.unique(np.concatenate([own_paths[i] for i in group]))
-        seen = np.zeros((len(tree.tokens), len(nodes)), dtype=bool)
-        for i, path in zip(group, paths, strict=True):
-            seen[np.ix_(path, np.searchsorted(nodes, own_paths[i]))] = True
-        return tree, (nodes, seen)
+        return Tree(whole.tokens[dynamic], whole.depth[dynamic], paths)
 
-    def stack_keys(self, keys: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (P, layers, 2, heads, head size) of each row -> per layer (B, heads, P, head size), padded."""
-        padded = torch.nn.utils.rnn.pad_sequence([k.to(self.device) for k in keys], batch_first=True)
-        layers = padded.permute(2, 3, 0, 4, 1, 5)  # (layers, 2, B, heads, P, head size)
+    def own_keys(self, group: list[int], tree: Tree, known: PrefixKeys) -> tuple[np.ndarray, OwnKeys]:
+        """Which rows of the known keys a tree of tails reads (P,), and how."""
+        nodes = np.unique(np.concatenate([known.rows[i] for i in group]))
+        positions = np.zeros(len(nodes), dtype=np.int64)
+        read = np.zeros((len(tree.tokens), len(nodes)), dtype=bool)
+        for i, path in zip(group, tree.paths, strict=True):
+            columns = np.searchsorted(nodes, known.rows[i])
+            positions[columns] = self.template_len[i] + np.arange(len(columns))
+            read[np.ix_(path, columns)] = True
+        return nodes, OwnKeys(positions, read)
+
+    def stack_keys(self, keys: Tensor, rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
+        """The rows (B, P) of keys and values (K, layers, 2, heads, head size), per layer (B, heads, P, head size) each."""
+        stacked = self.store.read(keys, rows.ravel()).unflatten(0, rows.shape)
+        layers = stacked.permute(2, 3, 0, 4, 1, 5)  # (layers, 2, B, heads, P, head size)
         return [(layer[0], layer[1]) for layer in layers]
 
     # ---- the interface of a forward
 
     def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
-        """The examples of a step as micro-batches: of one task each, tails of one size together.
+        """The examples of a step as micro-batches: of one task each, tails of one size together, own
+        prefixes kept or not.
 
         What one process keeps, it keeps for itself: examples with a kept tree go to the process that owns the tree.
         """
         owner = self.owners(indices, processes)
         has_tail = self.tail_len[indices] > 0
-        kinds = np.stack([self.examples.task[indices], has_tail, owner], axis=1)
+        kept = np.array([self.keeps_keys(i) if self.tree_of[i] >= 0 else -1 for i in indices])
+        kinds = np.stack([self.examples.task[indices], has_tail, kept, owner], axis=1)
         parts: list[Part] = []
-        for task, tail, process in np.unique(kinds, axis=0):
-            members = indices[(kinds == (task, tail, process)).all(axis=1)]
+        for kind in np.unique(kinds, axis=0):
+            members = indices[(kinds == kind).all(axis=1)]
+            tail, process = bool(kind[1]), int(kind[3])
             sizes = self.tail_len if tail else self.static_labels
-            parts += self.cut_kind(members, sizes, None if process < 0 else int(process))
+            parts += self.cut_kind(members, sizes, None if process < 0 else process)
         return parts
 
     def owners(self, indices: np.ndarray, processes: int) -> np.ndarray:
@@ -640,17 +678,16 @@ class FrozenPrefix:
         return float(2 * self.tail_len[part].sum() + static + 0.1 * self.static_labels[part].sum())
 
     def nll(self, indices: np.ndarray) -> Tensor:
-        """Sums of -log p over the labels of a micro-batch (of one task), per task (len(TASKS),).
+        """Sums of -log p over the labels of a micro-batch as `cut` makes them, per task (len(TASKS),).
 
         The backward reaches the masters of the SID rows, and nothing else.
         """
         casts = [master.to(self.dtype) for master in self.rows.masters]
         rows, head_rows = casts[0], casts[-1]
-        loss = self.static_nll(indices, self.static_pass(indices), head_rows)
-        tails = indices[self.tail_len[indices] > 0]
-        if len(tails):
-            loss = loss + self.tail_nll(tails, rows, head_rows)
-        self.forget()
+        loose, known = self.static_pass(indices)
+        loss = self.static_nll(indices, loose, head_rows)
+        if self.tail_len[indices[0]]:
+            loss = loss + self.tail_nll(indices, known, rows, head_rows)
         task = int(self.examples.task[indices[0]])
         return F.pad(loss.view(1), (task, len(TASKS) - 1 - task))
 
@@ -721,6 +758,6 @@ def disagreement(plain: PlainForward, frozen: FrozenPrefix) -> float:
         for task in np.unique(examples.task):
             members = np.nonzero(examples.task == task)[0]
             two = members[np.argsort(examples.length[members], kind="stable")[:2]]
-            expected, found = plain.nll(two).sum(), frozen.nll(two).sum()
+            expected, found = plain.nll(two).sum(), sum(frozen.nll(part.indices).sum() for part in frozen.cut(two))
             worst = max(worst, float((found - expected).abs() / expected.abs()))
     return worst

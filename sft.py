@@ -248,7 +248,7 @@ def train(
     group_by_length: bool = False,
     group_users: bool = False,
     prefix_cache_gb: float = 2.0,
-    prefix_cache_dir: str = "",
+    prefix_cache_in: str = "device",
     seed: int = 42,
     bf16: bool | None = None,
     logging_steps: int = 10,
@@ -296,7 +296,7 @@ def train(
         group_by_length: batches of similar length across the epoch (steps are sorted inside in any case)
         group_users: a user's examples fall into the same step, where what they share is computed once
         prefix_cache_gb: GB per process for what the frozen prefix keeps from step to step; 0 keeps nothing
-        prefix_cache_dir: folder on a fast disk to keep it in; default: the memory of the device that computes
+        prefix_cache_in: where to keep it: device (the memory of the device that computes), host, or a folder on a fast disk
         seed: decides shuffling, sampling and the first values of new rows
         bf16: default: on GPUs that have it; True or False decides
         logging_steps: steps between two lines of the log
@@ -367,7 +367,7 @@ def train(
         group_users=flags.group_users,
         frozen_prefix=flags.frozen_prefix,
         cache_bytes=int(flags.prefix_cache_gb * 1e9),
-        cache_folder=optional_path(flags.prefix_cache_dir),
+        cache_place=flags.prefix_cache_in,
         evaluator=recommendation_evaluator(flags, catalogue, wording, tokenizer),
         callbacks=early_stopping(flags, eval_data),
     )
@@ -685,8 +685,10 @@ def check_paths(flags: types.SimpleNamespace) -> None:
         raise InputError(f"sft.py: --base_model {base}: the folder has no config.json; expected a saved HF model")
     if not base.exists() and (flags.base_model.startswith((".", "/", "~")) or flags.base_model.count("/") > 1):
         raise InputError(f"sft.py: --base_model {base}: there is no such folder")
-    if flags.prefix_cache_dir and not Path(flags.prefix_cache_dir).is_dir():
-        raise InputError(f"sft.py: --prefix_cache_dir {flags.prefix_cache_dir}: there is no such folder")
+    if flags.prefix_cache_in not in ("device", "host") and not Path(flags.prefix_cache_in).is_dir():
+        raise InputError(
+            f"sft.py: --prefix_cache_in {flags.prefix_cache_in}: is neither device nor host, and there is no such folder"
+        )
     if Path(flags.output_dir).is_file():
         raise InputError(f"sft.py: --output_dir {flags.output_dir}: is a file")
     resume = flags.resume_from_checkpoint

@@ -121,7 +121,7 @@ class SidTrainer(Trainer):
         group_users: bool,
         frozen_prefix: bool,
         cache_bytes: int,
-        cache_folder: Path | None,
+        cache_place: str | Path,
         evaluator: Evaluator | None = None,
         **settings,
     ) -> None:
@@ -143,7 +143,7 @@ class SidTrainer(Trainer):
             group_by_length=group_by_length,
             group_users=group_users,
         )
-        options = {"cache_bytes": cache_bytes, "cache_folder": cache_folder, "group_users": group_users}
+        options = {"cache_bytes": cache_bytes, "cache_place": cache_place, "group_users": group_users}
         self.forward = self.choose_forward(examples, frozen_prefix=frozen_prefix and rows is not None, options=options)
         self.eval_forward = None
         if self.eval_dataset is not None:

@@ -1,15 +1,17 @@
 """The frozen prefix gives the plain recipe's loss and gradient: full logits, one pass, dense masked gradient."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_model
+from datasets import Dataset
 
 import sft
-from data import TASKS
+from data import TASKS, InputError
 from frozen_prefix import FrozenHead, FrozenLogSumExp, FrozenPrefix, disagreement, why_not_exact
 from plain_forward import Examples, PlainForward
 from sid_rows import SidRowAdamW, SidRows
@@ -110,22 +112,23 @@ def test_loss_and_gradient_are_the_plain_recipes_on_every_task(kind, name, token
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("group_users", [False, True])
-@pytest.mark.parametrize("cache", ["none", "labels", "all", "disk"])
+@pytest.mark.parametrize("cache", ["none", "labels", "some", "all", "host", "disk"])
 def test_every_cache_and_grouping_gives_the_plain_recipes_numbers(
     cache, group_users, side, tokenizer, sid_tokens, dataset, tmp_path
 ):
     model, rows = extended("qwen2", tokenizer, sid_tokens)
     examples = Examples(dataset)
-    labels = int(FrozenPrefix(model, rows, examples, 4).label_start[-1])
-    label_bytes = labels * (32 * 4 + 4 + 4 + 8)  # hidden state, log-sum-exp, logit, target
-    budget = {"none": 0, "labels": label_bytes, "all": 10**9, "disk": 10**7}[cache]
+    whole = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9)
+    label_bytes = int(whole.label_start[-1]) * (32 * 4 + 4 + 4 + 8)  # hidden state, log-sum-exp, logit, target
+    half_of_keys = whole.kept_nodes // 2 * (2 * 2 * 2 * 8 * 4)  # layers, keys and values, heads, head size, float32
+    budget = {"none": 0, "labels": label_bytes, "some": label_bytes + half_of_keys}.get(cache, 10**9)
     frozen = FrozenPrefix(
         model,
         rows,
         examples,
         4,
         cache_bytes=budget,
-        cache_folder=tmp_path if cache == "disk" else None,
+        cache_place={"host": "host", "disk": tmp_path}.get(cache, "device"),
         group_users=group_users,
     )
     for epoch in range(2):
@@ -133,8 +136,37 @@ def test_every_cache_and_grouping_gives_the_plain_recipes_numbers(
         assert_equal_to_plain(model, rows, frozen, half, side=side)
         assert_equal_to_plain(model, rows, frozen, np.arange(0, len(examples), 3), side=side)
     assert (frozen.kept_labels is not None) == (cache != "none")
-    assert bool(frozen.tree_keys) == (cache in ("all", "disk"))
+    share = {"none": 0, "labels": 0, "some": 0.5}.get(cache, 1)
+    assert frozen.kept_nodes / whole.kept_nodes == pytest.approx(share, abs=0.1)
+    assert (frozen.kept_keys is not None) == (share > 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(tokenizer, sid_tokens, dataset, tmp_path, monkeypatch):
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    monkeypatch.setattr("frozen_prefix.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="has 0.0 GB free"):
+        FrozenPrefix(model, rows, Examples(dataset), 4, cache_bytes=10**9, cache_place=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_of_one_task_with_and_without_an_own_prefix_fall_into_one_step(tokenizer, sid_tokens):
+    """The second example's prompt has words before its first SID, the first one's has none beyond the template."""
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    sid = rows.ids.tolist()
+    ids = [[1, 2, sid[0], 5, sid[1], 0], [1, 2, 7, 8, sid[0], 5, sid[2], 0], [1, 2, 7, 9, sid[3], 5, sid[2], 0]]
+    columns = {
+        "input_ids": ids,
+        "length": [len(row) for row in ids],
+        "prompt_len": [4, 6, 6],
+        "static_len": [2, 4, 4],
+        "task": [0, 0, 0],
+        "user": [0, 0, 1],
+    }
+    for budget in (0, 10**9):
+        frozen = FrozenPrefix(model, rows, Examples(Dataset.from_dict(columns)), 4, cache_bytes=budget)
+        assert frozen.own_len.tolist() == [0, 2, 2]
+        assert_equal_to_plain(model, rows, frozen, np.arange(3))
 
 
 def test_a_kept_label_follows_the_rows_as_they_move(tokenizer, sid_tokens, dataset):
@@ -299,9 +331,9 @@ def test_each_user_s_shared_beginning_is_run_once(tokenizer, sid_tokens, dataset
     model, rows = extended("qwen2", tokenizer, sid_tokens)
     examples = Examples(dataset)
     frozen = FrozenPrefix(model, rows, examples, 4)
-    in_trees = sum(len(tree.tokens) for _, tree in frozen.trees.values())
+    in_trees = sum(len(prefix.tree.tokens) for prefix in frozen.trees)
     assert in_trees < frozen.own_len.sum()
-    covered = sorted(i for members, _ in frozen.trees.values() for i in members)
+    covered = sorted(i for prefix in frozen.trees for i in prefix.members)
     assert covered == np.nonzero(frozen.own_len > 0)[0].tolist()
 
 

@@ -361,6 +361,7 @@ BAD = {
         "must end with {history}",
     ),
     "a resume point that is none": (lambda p, s: {"resume_from_checkpoint": p}, "is no checkpoint folder"),
+    "a folder for kept prefixes that is none": (lambda p, s: {"prefix_cache_in": p / "x"}, "is neither device nor host"),
     "a save between evaluations": (lambda p, s: {"save_steps": 2}, "no multiple of --eval_steps"),
 }
 

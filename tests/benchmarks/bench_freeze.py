@@ -203,7 +203,7 @@ def shares(forward, examples, sampler, micro: int, model) -> dict:
     head = model.get_input_embeddings().weight.numel()
     backbone = sum(p.numel() for p in model.parameters()) - head
     tail, own = int(forward.tail_len.sum()), int(forward.own_len.sum())
-    in_trees = sum(len(tree.tokens) for _, tree in forward.trees.values())
+    in_trees = sum(len(tree.tokens) for _, tree in forward.trees)
     static, labels = int(forward.static_labels.sum()), int(examples.labels.sum())
     plain = padded * (2 * backbone + 3 * head)
     later = tail * 2 * backbone + (labels - static) * 2 * head
