@@ -149,9 +149,10 @@ class SidTrainer(Trainer):
         if self.eval_dataset is not None:
             evaluated = Examples(self.eval_dataset)
             if isinstance(self.forward, FrozenPrefix):
-                self.eval_forward = FrozenPrefix(self.model, rows, evaluated, micro_batch_size)
+                self.eval_forward = FrozenPrefix(self.model, rows, evaluated, micro_batch_size, group_users=True)
             else:
-                self.eval_forward = PlainForward(self.model, evaluated, micro_batch_size)
+                shared = not why_not_exact(self.model)
+                self.eval_forward = PlainForward(self.model, evaluated, micro_batch_size, group_users=shared)
         self.evaluator = evaluator
         self.reset_task_sums()
         self.tokens_seen, self.train_s = 0, 0.0

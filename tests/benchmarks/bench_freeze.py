@@ -2,12 +2,13 @@
 
     python tests/benchmarks/bench_freeze.py --examples 512
     python tests/benchmarks/bench_freeze.py --examples 512 --full         # freeze_LLM False: plain recipe and ours
-    python tests/benchmarks/bench_freeze.py --examples 16 --shape 0.5b    # random weights of Qwen2.5-0.5B's shape
+    python tests/benchmarks/bench_freeze.py --examples 256 --shape 0.5b   # random weights of Qwen2.5-0.5B's shape
 
 Each contender runs in a process of its own, one after another, A B C A B C. The plain recipe is the usual one: examples in
 random order, micro-batches of 16 padded to a multiple of 8, all logits, a dense gradient (masked in freeze mode), AdamW on
 the whole matrix. Optimizer steps are of 512 examples. The examples are those of the first users of the Industrial training
-CSV, all five tasks, so that users' windows are as complete as they are in a whole epoch. Ends with one JSON line.
+CSV, all five tasks, so that users' windows are as complete as they are in a whole epoch. On a GPU freeze mode runs in
+bfloat16. `--profile` shows where the time of a later epoch of ours goes. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def prepare(folder: Path, examples: int) -> None:
     dataset.select(chosen).flatten_indices().save_to_disk(folder / "examples")
 
 
-def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
+def contender(name: str, folder: Path, shape: str, epochs: int, profile: bool) -> dict:
     """Trains for some epochs; seconds of each, tokens, peak memory, and the first step's gradient on disk."""
     import numpy as np
     import torch
@@ -106,7 +107,8 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
         tie_word_embeddings=True,
         max_position_embeddings=1024,
     )
-    model = Qwen2ForCausalLM(config).to(device)
+    frozen_on_gpu = device == "cuda" and not name.startswith("full")
+    model = Qwen2ForCausalLM(config).to(device, torch.bfloat16 if frozen_on_gpu else torch.float32)
     sft.init_rows(model, ids, min(ids), seed=0)
     micro = PLAIN_MICRO[shape]
     sampler = StepSampler(examples, STEP, seed=0)
@@ -150,12 +152,15 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
         return [np.array(step[i : i + micro]) for i in range(0, len(step), micro)]
 
     seconds, gradient, losses = [], None, []
-    for epoch in range(epochs):
+    profiler = torch.profiler.profile() if profile and name == "ours" else None
+    for epoch in range(epochs + (profiler is not None)):
         sampler.set_epoch(epoch)
         steps = list(sampler)
         started = time.perf_counter()
         if ours and epoch == 0:
             forward = make_forward()
+        if epoch == epochs:
+            profiler.start()
         for step in steps:
             labels, total = int(examples.labels[step].sum()), 0.0
             for part in parts_of(step):
@@ -180,10 +185,54 @@ def contender(name: str, folder: Path, shape: str, epochs: int) -> dict:
     peak = (
         torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    result = {"seconds": seconds, "tokens": int(examples.length.sum()), "peak": peak, "losses": losses}
+    result = {"seconds": seconds[:epochs], "tokens": int(examples.length.sum()), "peak": peak, "losses": losses}
+    if profiler is not None:
+        profiler.stop()
+        result["profile"] = where_time_goes(profiler)
     if name == "ours":
         result["shares"] = shares(forward, examples, sampler, micro, model)
+        result["tail_flop"] = tail_flop(forward, examples, model)
+        result["matmul_flop_per_s"] = matmul_rate(model)
+    elif name == "full-ours":
+        result["padding"] = sum(
+            len(part.indices) * int(examples.length[part.indices].max())
+            for step in steps
+            for part in forward.cut(np.array(step))
+        ) / int(examples.length.sum())
     return result
+
+
+def tail_flop(forward, examples, model) -> float:
+    """What a later epoch cannot do without: tails forward and backward to their inputs, their labels through the head."""
+    head = model.get_input_embeddings().weight.numel()
+    backbone = sum(p.numel() for p in model.parameters()) - head
+    return 4.0 * (backbone * int(forward.tail_len.sum()) + head * int((examples.labels - forward.static_labels).sum()))
+
+
+def matmul_rate(model) -> float:
+    """FLOP/s of a large matrix product in the model's dtype on its device, the best of five."""
+    import torch
+
+    size = 8192 if model.device.type == "cuda" else 2048
+    left, right = torch.randn(2, size, size, device=model.device).to(model.dtype)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        left @ right
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def where_time_goes(profiler, top: int = 12) -> list[str]:
+    """The operations that take the most time themselves, with their shares of it."""
+    device = (
+        "self_device_time_total" if any(e.self_device_time_total for e in profiler.key_averages()) else "self_cpu_time_total"
+    )
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, device))
+    total = sum(getattr(event, device) for event in events)
+    return [f"{100 * getattr(event, device) / total:5.1f} %  {event.count:>7,} x  {event.key}" for event in events[:top]]
 
 
 def shares(forward, examples, sampler, micro: int, model) -> dict:
@@ -223,7 +272,7 @@ def shares(forward, examples, sampler, micro: int, model) -> dict:
 def run_contender(name: str, folder: Path, options: argparse.Namespace) -> dict:
     epochs = options.epochs if name.startswith("ours") else 1  # the others' epochs are all alike
     command = [sys.executable, __file__, "--contender", name, "--folder", str(folder)]
-    command += ["--shape", options.shape, "--epochs", str(epochs)]
+    command += ["--shape", options.shape, "--epochs", str(epochs)] + ["--profile"] * options.profile
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -252,11 +301,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--full", action="store_true", help="freeze_LLM False instead")
     parser.add_argument("--users", action="store_true", help="also ours with --group_users: a user's tails as one tree")
+    parser.add_argument("--profile", action="store_true", help="where the time of a later epoch of ours goes")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        say(json.dumps(contender(options.contender, options.folder, options.shape, options.epochs)))
+        say(json.dumps(contender(options.contender, options.folder, options.shape, options.epochs, options.profile)))
         return
     import datasets
 
@@ -307,8 +357,20 @@ def main() -> None:
         summary["ratio_epoch1_users"] = round(epoch_s(names[0]) / epoch_s(names[-1]), 2)
         summary["ratio_later_users"] = round(epoch_s(names[0]) / epoch_s(names[-1], later=True), 2)
     if not options.full:
-        summary["shares"] = {key: round(value, 3) for key, value in runs["ours"][0]["shares"].items()}
+        run = runs["ours"][-1]
+        summary["shares"] = {key: round(value, 3) for key, value in run["shares"].items()}
         say("\nshares of tokens: " + ", ".join(f"{key} {value}" for key, value in summary["shares"].items()))
+        reached = run["tail_flop"] / epoch_s("ours", later=True)
+        summary["share_of_matmul_rate"] = round(reached / run["matmul_flop_per_s"], 3)
+        say(
+            f"tails of a later epoch: {run['tail_flop'] / 1e9:,.0f} GFLOP at {reached / 1e9:,.0f} GFLOP/s, "
+            f"{summary['share_of_matmul_rate']:.0%} of a large matrix product's {run['matmul_flop_per_s'] / 1e9:,.0f}"
+        )
+        if options.profile:
+            say("a later epoch of ours, by operation:\n" + "\n".join(run["profile"]))
+    else:
+        summary["padding"] = round(runs["full-ours"][0]["padding"], 3)
+        say(f"\nours computes {summary['padding']} tokens for each of the examples'")
     say(json.dumps(summary))
 
 
