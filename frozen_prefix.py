@@ -41,7 +41,7 @@ from transformers.cache_utils import Cache
 from data import TASKS, InputError
 from plain_forward import Examples, Part, PlainForward, finish_logits
 from sid_rows import SidRows
-from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, pad, sliding_window
+from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, pad, sliding_window, to_device
 
 TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 
@@ -74,7 +74,7 @@ class FrozenHead(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    ids: Tensor
+    ids: np.ndarray
     finish: Callable[[Tensor], Tensor]
     room: int
 
@@ -90,16 +90,15 @@ class FrozenHead(NamedTuple):
         most = hidden.new_full((len(hidden), 1), torch.finfo(number).min, dtype=number)
         total = torch.zeros_like(most)
         gradient = torch.zeros_like(hidden, dtype=number) if with_gradient else None
-        starts = range(0, len(self.weight), block)
-        borders = torch.searchsorted(self.ids, torch.tensor([*starts, len(self.weight)], device=self.ids.device)).tolist()
-        for start, low, high in zip(starts, borders, borders[1:], strict=False):
+        for start in range(0, len(self.weight), block):
             weight = self.weight[start : start + block]
             raw = F.linear(hidden, weight, None if self.bias is None else self.bias[start : start + block])
             with torch.set_grad_enabled(with_gradient):
                 logits = self.finish(raw.requires_grad_(with_gradient))
             shown, before = logits.detach(), most
+            low, high = np.searchsorted(self.ids, (start, start + block))
             if low < high:
-                shown = shown.index_fill(1, self.ids[low:high] - start, -torch.inf)
+                shown = shown.index_fill(1, to_device(self.ids[low:high] - start, shown.device), -torch.inf)
             most = torch.maximum(most, shown.amax(1, keepdim=True))
             share, shrink = (shown - most).exp_(), (before - most).exp_()
             total.mul_(shrink).add_(share.sum(1, keepdim=True))
@@ -203,7 +202,7 @@ class Store:
 
     def read(self, kept: Tensor, rows: np.ndarray) -> Tensor:
         """Some rows of a kept tensor, on the model's device; from the host through pinned memory, without waiting."""
-        places = torch.from_numpy(rows).to(kept.device)
+        places = to_device(rows, kept.device)
         if kept.device == self.device or self.device.type != "cuda":
             return kept.index_select(0, places).to(self.device)
         pinned = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, pin_memory=True)
@@ -254,7 +253,7 @@ class FrozenPrefix:
         self.embedding = model.get_input_embeddings()
         head = model.get_output_embeddings()
         finish = partial(finish_logits, model)
-        self.head = FrozenHead(head.weight.detach(), head.bias, rows.ids, finish, self.room.logits)
+        self.head = FrozenHead(head.weight.detach(), head.bias, rows.ids.cpu().numpy(), finish, self.room.logits)
         self.scale = embedding_scale(model)
         vocabulary = self.embedding.weight.shape[0]
         self.row_of = torch.full((vocabulary,), -1, device=self.device)
@@ -356,9 +355,9 @@ class FrozenPrefix:
         layout = lay_out(trees, start=start, known=known_tokens(past), own_keys=own_keys)
         cache = KnownKeys(past, keep=keep)
         output = self.model.base_model(
-            inputs_embeds=self.embed(torch.from_numpy(layout.tokens).to(self.device), rows),
+            inputs_embeds=self.embed(to_device(layout.tokens, self.device), rows),
             attention_mask=layout.masks(self.window, self.dtype, self.device),
-            position_ids=torch.from_numpy(layout.positions).to(self.device),
+            position_ids=to_device(layout.positions, self.device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -455,7 +454,7 @@ class FrozenPrefix:
             hidden, new = self.run_prefixes(batch, keep=max(starts) >= 0)
             if (found := self.labels_of(batch, hidden)) is not None:
                 owners, labels = found
-                places = torch.from_numpy(self.label_places(owners)).to(self.kept_labels.hidden.device)
+                places = to_device(self.label_places(owners), self.kept_labels.hidden.device)
                 for room, part in zip(self.kept_labels, labels, strict=True):
                     room[places] = part.to(room.device)
             if new is not None:
@@ -528,9 +527,7 @@ class FrozenPrefix:
                     owners.append(i)
         if not owners:
             return None
-        place, target = (
-            torch.from_numpy(np.concatenate(part).astype(np.int64)).to(self.device) for part in (places, targets)
-        )
+        place, target = (to_device(np.concatenate(part).astype(np.int64), self.device) for part in (places, targets))
         return owners, self.read(hidden.flatten(0, 1)[place], target)
 
     def label_places(self, owners: list[int]) -> np.ndarray:
@@ -586,8 +583,8 @@ class FrozenPrefix:
             trees, start=len(self.templates[task]), past=past, rows=rows, keep=False, own_keys=reads or None
         )
         flat = np.concatenate([b * hidden.shape[1] + path for b, path in places])
-        hidden = hidden.flatten(0, 1)[torch.from_numpy(flat).to(self.device)]
-        target = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)
+        hidden = hidden.flatten(0, 1)[to_device(flat, self.device)]
+        target = to_device(np.concatenate(targets).astype(np.int64), self.device)
         return self.label_nll(self.read(hidden, target), head_rows)
 
     def tail_groups(self, indices: np.ndarray) -> list[list[int]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from data import TASKS
-from token_trees import Tree, build_tree, group_by_user, lay_out, pad, sliding_window
+from token_trees import Tree, build_tree, group_by_user, lay_out, pad, sliding_window, to_device
 
 
 class Examples:
@@ -125,7 +125,7 @@ class PlainForward:
                 places.append(b * width + path[first:])
                 targets.append(self.examples.ids(i)[first + 1 :].astype(np.int64))
                 tasks.append(np.full(len(path) - first, self.examples.task[i], dtype=np.int64))
-        place, target, task = (torch.from_numpy(np.concatenate(part)).to(hidden.device) for part in (places, targets, tasks))
+        place, target, task = (to_device(np.concatenate(part), hidden.device) for part in (places, targets, tasks))
         logits = finish_logits(self.model, self.model.get_output_embeddings()(hidden[place]))
         losses = F.cross_entropy(logits, target, reduction="none")
         return losses.new_zeros(len(TASKS)).index_add(0, task, losses)
@@ -135,12 +135,12 @@ class PlainForward:
         device = self.model.device
         if all(len(tree.paths) == 1 for tree in trees):
             # Right padding needs no mask: in a causal model nothing real reads what stands behind it.
-            inputs = torch.from_numpy(pad([tree.tokens for tree in trees])).to(device)
+            inputs = to_device(pad([tree.tokens for tree in trees]), device)
             return self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
         layout = lay_out(trees)
         return self.model.base_model(
-            input_ids=torch.from_numpy(layout.tokens).to(device),
+            input_ids=to_device(layout.tokens, device),
             attention_mask=layout.masks(sliding_window(self.model), self.model.dtype, device),
-            position_ids=torch.from_numpy(layout.positions).to(device),
+            position_ids=to_device(layout.positions, device),
             use_cache=False,
         ).last_hidden_state

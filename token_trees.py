@@ -29,6 +29,12 @@ def pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
     return out
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device; on its way to a GPU through pinned memory, so that nothing waits for the work queued there."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Tree(NamedTuple):
     """Token sequences with their shared beginnings stored once.
 
@@ -116,7 +122,7 @@ class Layout(NamedTuple):
 
     def masks(self, window: Window, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
         """The batch's additive masks."""
-        tensors = (torch.from_numpy(array).to(device) for array in (self.visible, self.positions, self.key_positions))
+        tensors = (to_device(array, device) for array in (self.visible, self.positions, self.key_positions))
         return additive_masks(*tensors, window, dtype)
 
 

@@ -1,21 +1,24 @@
 """The frozen prefix gives the plain recipe's loss and gradient: full logits, one pass, dense masked gradient."""
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_model
+from conftest import SHARED, small_model
 from datasets import Dataset
 
+import data
 import sft
 from data import TASKS, InputError
 from frozen_prefix import FrozenHead, FrozenLogSumExp, FrozenPrefix, disagreement, why_not_exact
 from plain_forward import Examples, PlainForward
 from sid_rows import SidRowAdamW, SidRows
 from token_trees import build_tree, pad
+from trainer import deal
 
 ARCHITECTURES = {
     "qwen2": {"tie_word_embeddings": True},
@@ -34,6 +37,7 @@ ARCHITECTURES = {
     "qwen3": {"tie_word_embeddings": True},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_neox": {"tie_word_embeddings": False},
+    "phi": {"tie_word_embeddings": False},  # its head has a bias
 }
 
 
@@ -140,6 +144,59 @@ def test_every_cache_and_grouping_gives_the_plain_recipes_numbers(
     assert frozen.kept_nodes / whole.kept_nodes == pytest.approx(share, abs=0.1)
     assert (frozen.kept_keys is not None) == (share > 0)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied"])
+@pytest.mark.parametrize("budget", [0, 20_000, 10**9])
+def test_what_two_processes_are_dealt_adds_up_to_the_plain_recipes_numbers(budget, kind, tokenizer, sid_tokens, dataset):
+    """Each process keeps what it has computed for itself; the second epoch meets that."""
+    model, rows = extended(kind, tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    processes = [FrozenPrefix(model, rows, examples, 4, cache_bytes=budget) for _ in range(2)]
+    indices = np.arange(0, len(examples), 2)
+    expected = plain_recipe(model, examples, indices)
+    expected_gradient = rows_gradient(rows, expected.backward)
+    for _ in range(2):
+        hands = [deal(frozen.cut(indices, 2), 2)[number] for number, frozen in enumerate(processes)]
+        assert sorted(np.concatenate([*hands[0], *hands[1]])) == indices.tolist()
+        losses = [sum(frozen.nll(part).sum() for part in hand) for frozen, hand in zip(processes, hands, strict=True)]
+        gradients = [rows_gradient(rows, loss.backward) for loss in losses]
+        assert abs(sum(losses) - expected) <= 1e-6 * expected
+        for wanted, *parts in zip(expected_gradient, *gradients, strict=True):
+            assert (sum(parts) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.skipif(not (SHARED / "base-lm").is_dir(), reason="the real data and base model are not here")
+@pytest.mark.parametrize("name", [task.name for task in TASKS.values() if task.rows != "preferences"])
+def test_loss_and_gradient_are_the_plain_recipes_on_real_data_and_a_pretrained_model(name, industrial):
+    model, rows, examples = industrial
+    indices = np.nonzero(examples.task == list(TASKS).index(name))[0][:8]
+    frozen = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9)
+    for _ in range(2):
+        assert_equal_to_plain(model, rows, frozen, indices)
+
+
+@pytest.fixture(scope="module")
+def industrial(tmp_path_factory):
+    """The pretrained model with the Industrial SIDs, and 40 rows of each task."""
+    files = SHARED / "data" / "amazon" / "Industrial_and_Scientific"
+    tokenizer = sft.load_tokenizer(str(SHARED / "base-lm"), trust_remote_code=False)
+    known, tokens = len(tokenizer), sft.token_extender(f"{files}.index.json").get_new_tokens()
+    ids = sft.add_sid_tokens(tokenizer, tokens)
+    model = sft.load_model(str(SHARED / "base-lm"), from_scratch=False, trust_remote_code=False).float().eval()
+    sft.grow_embeddings(model, len(tokenizer))
+    sft.init_rows(model, ids, known, seed=0)
+    dataset = data.build_dataset(
+        data.Source(Path(f"{files}.train.csv")),
+        list(data.DEFAULT_TASKS),
+        catalogue=data.read_catalogue(Path(f"{files}.index.json"), Path(f"{files}.item.json")),
+        prompts=data.read_prompts(None, "Industrial_and_Scientific"),
+        tokenizer=tokenizer,
+        cutoff_len=512,
+        sample=40,
+        cache_dir=tmp_path_factory.mktemp("industrial"),
+    )
+    return model, SidRows(model, ids, tokens), Examples(dataset)
 
 
 def test_a_disk_without_room_is_named_before_anything_is_written(tokenizer, sid_tokens, dataset, tmp_path, monkeypatch):
@@ -343,7 +400,7 @@ def test_the_frozen_head_s_log_sum_exp_and_gradient_are_those_of_all_its_logits(
     """Blocks of 512 rows: with some SID rows, with none, and of SID rows alone."""
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((9, 4), (1300, 4), (1300,)))
-    head = FrozenHead(weight, bias, torch.tensor(ids), finish, room=1)
+    head = FrozenHead(weight, bias, np.array(ids), finish, room=1)
     h, wanted_h = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     logits = finish(F.linear(wanted_h, weight, bias))
     frozen = torch.ones(1300, dtype=torch.bool)

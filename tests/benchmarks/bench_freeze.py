@@ -151,7 +151,7 @@ def contender(name: str, folder: Path, shape: str, epochs: int, profile: bool) -
             return [part.indices for part in forward.cut(np.array(step))]
         return [np.array(step[i : i + micro]) for i in range(0, len(step), micro)]
 
-    seconds, gradient, losses = [], None, []
+    seconds, gradient, losses, peak = [], None, [], None
     profiler = torch.profiler.profile() if profile and name == "ours" else None
     for epoch in range(epochs + (profiler is not None)):
         sampler.set_epoch(epoch)
@@ -160,6 +160,7 @@ def contender(name: str, folder: Path, shape: str, epochs: int, profile: bool) -
         if ours and epoch == 0:
             forward = make_forward()
         if epoch == epochs:
+            peak = peak_memory(device)
             profiler.start()
         for step in steps:
             labels, total = int(examples.labels[step].sum()), 0.0
@@ -182,10 +183,12 @@ def contender(name: str, folder: Path, shape: str, epochs: int, profile: bool) -
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     torch.save(gradient[0], folder / f"{name}.pt")
-    peak = (
-        torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    result = {"seconds": seconds[:epochs], "tokens": int(examples.length.sum()), "peak": peak, "losses": losses}
+    result = {
+        "seconds": seconds[:epochs],
+        "tokens": int(examples.length.sum()),
+        "peak": peak or peak_memory(device),
+        "losses": losses,
+    }
     if profiler is not None:
         profiler.stop()
         result["profile"] = where_time_goes(profiler)
@@ -200,6 +203,15 @@ def contender(name: str, folder: Path, shape: str, epochs: int, profile: bool) -
             for part in forward.cut(np.array(step))
         ) / int(examples.length.sum())
     return result
+
+
+def peak_memory(device: str) -> int:
+    """Bytes at the worst moment so far: of a GPU's memory, or of the whole process."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tail_flop(forward, examples, model) -> float:
