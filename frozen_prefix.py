@@ -49,8 +49,9 @@ TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 class Room(NamedTuple):
     """How much is held at a time.
 
-    tail, static: tokens per example of a micro-batch, on average; tail tokens keep activations for the backward, static ones
-    only stand beside them as known keys. fill: static tokens run and kept at a time. logits: values of a piece of them.
+    tail, static: tokens per example of a micro-batch, on average, but no fewer in all than LEAST_TAIL and LEAST_STATIC; tail
+    tokens keep activations for the backward, static ones only stand beside them as known keys. fill: static tokens run and
+    kept at a time. logits: values of a piece of them.
     """
 
     tail: int
@@ -63,6 +64,7 @@ SMALL_ROOM = Room(tail=16, static=48, fill=512, logits=250_000)  # a CPU is busy
 LARGE_ROOM = Room(tail=128, static=512, fill=8192, logits=64_000_000)  # an accelerator waits for every launch
 DEVICE, HOST = "device", "host"  # where the store may be, besides a folder
 LEAST_BLOCK = 512  # rows of the head per piece of logits
+LEAST_TAIL, LEAST_STATIC = 128, 512  # tokens of the smallest micro-batch: as many as a plain one of one or two examples has
 
 
 # ---------------------------------------------------------------------------------------------- the head
@@ -249,7 +251,8 @@ class FrozenPrefix:
         self.model, self.rows, self.examples, self.group_users = model, rows, examples, group_users
         self.device, self.dtype = model.device, model.dtype
         self.room = SMALL_ROOM if self.device.type == "cpu" else LARGE_ROOM
-        self.tail_tokens, self.static_tokens = micro_batch_size * self.room.tail, micro_batch_size * self.room.static
+        self.tail_tokens = max(LEAST_TAIL, micro_batch_size * self.room.tail)
+        self.static_tokens = max(LEAST_STATIC, micro_batch_size * self.room.static)
         self.embedding = model.get_input_embeddings()
         head = model.get_output_embeddings()
         finish = partial(finish_logits, model)
@@ -375,7 +378,7 @@ class FrozenPrefix:
             trained = trained * self.scale
         return torch.where((place >= 0).unsqueeze(-1), trained, frozen)
 
-    # ---- static labels
+    # ---- own prefixes: what is kept of them, their labels, their keys and values
 
     def make_label_store(self) -> Labels | None:
         count, width = int(self.label_start[-1]), self.embedding.weight.shape[1]
@@ -626,8 +629,7 @@ class FrozenPrefix:
     # ---- the interface of a forward
 
     def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
-        """The examples of a step as micro-batches: of one task each, tails of one size together, own
-        prefixes kept or not.
+        """The examples of a step as micro-batches: one task in each, tails of one size, own prefixes all kept or all not.
 
         What one process keeps, it keeps for itself: examples with a kept tree go to the process that owns the tree.
         """
