@@ -531,13 +531,13 @@ class FrozenPrefix:
         if not owners:
             return None
         place, target = (to_device(np.concatenate(part).astype(np.int64), self.device) for part in (places, targets))
-        return owners, self.read(hidden.flatten(0, 1)[place], target)
+        return owners, self.make_labels(hidden.flatten(0, 1)[place], target)
 
     def label_places(self, owners: list[int]) -> np.ndarray:
         """Where the store keeps the static labels of some examples."""
         return np.concatenate([np.arange(self.label_start[i], self.label_start[i + 1]) for i in owners])
 
-    def read(self, hidden: Tensor, target: Tensor) -> Labels:
+    def make_labels(self, hidden: Tensor, target: Tensor) -> Labels:
         """The labels that hidden states (n, D) predict; differentiable in the hidden states where those are."""
         return Labels(hidden, FrozenLogSumExp.apply(hidden, self.head), self.head.logit(hidden, target), target)
 
@@ -588,7 +588,7 @@ class FrozenPrefix:
         flat = np.concatenate([b * hidden.shape[1] + path for b, path in places])
         hidden = hidden.flatten(0, 1)[to_device(flat, self.device)]
         target = to_device(np.concatenate(targets).astype(np.int64), self.device)
-        return self.label_nll(self.read(hidden, target), head_rows)
+        return self.label_nll(self.make_labels(hidden, target), head_rows)
 
     def tail_groups(self, indices: np.ndarray) -> list[list[int]]:
         """The rows of a tail batch: single examples, or with `group_users` those of one user (and static tree)."""
