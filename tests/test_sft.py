@@ -127,7 +127,9 @@ def test_two_processes_give_the_loss_of_one_at_every_step(flags, tmp_path):
         for key in left.keys() & right.keys() - {"eval_runtime_s"}:
             if key.startswith(("loss", "eval_loss", "grad_norm")):
                 # Rounding adds up from step to step; the first step has none to add to.
-                tolerance = 1e-6 if left["step"] == 1 and key.startswith("loss") else 1e-4
+                tolerance = 1e-4
+                if left["step"] == 1 and not key.startswith("eval"):
+                    tolerance = 1e-5 if key == "grad_norm" else 1e-6
                 assert left[key] == pytest.approx(right[key], rel=tolerance), key
     first, second = (load_file(tmp_path / name / "final_checkpoint" / "sid_rows.safetensors") for name in "12")
     torch.testing.assert_close(first["embedding"], second["embedding"], rtol=1e-3, atol=1e-4)
