@@ -24,7 +24,8 @@ and values, N nodes of a tree.
 from __future__ import annotations
 
 import inspect
-import shutil
+import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -178,7 +179,7 @@ class Store:
     """
 
     def __init__(self, budget: int, device: torch.device, place: str | Path) -> None:
-        self.left, self.device, self.place, self.files = budget, device, place, 0
+        self.left, self.device, self.place = budget, device, place
 
     def has_room(self, size: int) -> bool:
         return size <= self.left
@@ -191,16 +192,20 @@ class Store:
         self.left -= size
         if self.place in (DEVICE, HOST) or not size:
             return torch.empty(shape, dtype=dtype, device="cpu" if self.place == HOST else self.device)
-        if size > (free := shutil.disk_usage(self.place).free):  # a mapped page without a disk behind it kills the process
+        # A name of its own: other processes may keep things in the same folder. The disk is taken now, for a mapped page
+        # without one behind it kills the process. The mapping outlives the name, so nothing is left behind whatever happens.
+        handle, name = tempfile.mkstemp(dir=self.place)
+        try:
+            os.posix_fallocate(handle, 0, size)
+            return torch.from_file(name, shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+        except OSError as error:
             raise InputError(
-                f"{self.place}: has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are to be kept there; "
+                f"{self.place}: has no room for the {size / 1e9:.1f} GB to be kept there ({error.strerror}); "
                 "choose another folder (--prefix_cache_in) or less (--prefix_cache_gb)"
-            )
-        self.files += 1
-        path = Path(self.place) / f"store-{self.files}"
-        tensor = torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
-        path.unlink()  # the mapping lives on, and nothing is left behind whatever happens
-        return tensor
+            ) from None
+        finally:
+            os.close(handle)
+            os.unlink(name)
 
     def read(self, kept: Tensor, rows: np.ndarray) -> Tensor:
         """Some rows of a kept tensor, on the model's device; from the host through pinned memory, without waiting."""

@@ -1,8 +1,8 @@
 """The frozen prefix gives the plain recipe's loss and gradient: full logits, one pass, dense masked gradient."""
 
 import copy
+import errno
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from datasets import Dataset
 import data
 import sft
 from data import TASKS, InputError
-from frozen_prefix import FrozenHead, FrozenLogSumExp, FrozenPrefix, disagreement, why_not_exact
+from frozen_prefix import FrozenHead, FrozenLogSumExp, FrozenPrefix, Store, disagreement, why_not_exact
 from plain_forward import Examples, PlainForward
 from sid_rows import SidRowAdamW, SidRows
 from token_trees import build_tree, pad
@@ -199,12 +199,27 @@ def industrial(tmp_path_factory):
     return model, SidRows(model, ids, tokens), Examples(dataset)
 
 
-def test_a_disk_without_room_is_named_before_anything_is_written(tokenizer, sid_tokens, dataset, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_named_and_nothing_is_left_there(tokenizer, sid_tokens, dataset, tmp_path, monkeypatch):
     model, rows = extended("qwen2", tokenizer, sid_tokens)
-    monkeypatch.setattr("frozen_prefix.shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match="has 0.0 GB free"):
+
+    def full_disk(handle, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("frozen_prefix.os.posix_fallocate", full_disk)
+    with pytest.raises(InputError, match="has no room for the 0.0 GB .*No space left"):
         FrozenPrefix(model, rows, Examples(dataset), 4, cache_bytes=10**9, cache_place=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stores_in_one_folder_share_no_file_and_touch_none_that_is_there(tmp_path, monkeypatch):
+    """As when two processes keep things in one folder at the same moment: no name has been given back yet."""
+    (tmp_path / "store-1").write_bytes(b"a user's own")
+    monkeypatch.setattr("frozen_prefix.os.unlink", lambda path: None)
+    stores = [Store(1000, torch.device("cpu"), tmp_path) for _ in range(2)]
+    first, second = (store.take((4,), torch.float32).fill_(number) for number, store in enumerate(stores))
+    assert first.tolist() == [0.0] * 4
+    assert second.tolist() == [1.0] * 4
+    assert (tmp_path / "store-1").read_bytes() == b"a user's own"
 
 
 def test_examples_of_one_task_with_and_without_an_own_prefix_fall_into_one_step(tokenizer, sid_tokens):
