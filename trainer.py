@@ -151,8 +151,7 @@ class SidTrainer(Trainer):
             if isinstance(self.forward, FrozenPrefix):
                 self.eval_forward = FrozenPrefix(self.model, rows, evaluated, micro_batch_size, group_users=True)
             else:
-                shared = not why_not_exact(self.model)
-                self.eval_forward = PlainForward(self.model, evaluated, micro_batch_size, group_users=shared)
+                self.eval_forward = PlainForward(self.model, evaluated, micro_batch_size)
         self.evaluator = evaluator
         self.reset_task_sums()
         self.tokens_seen, self.train_s = 0, 0.0
