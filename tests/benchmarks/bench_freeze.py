@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from operator import attrgetter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -214,10 +215,15 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def parameters_of(model) -> tuple[int, int]:
+    """How many numbers the layers have, and the head."""
+    head = model.get_input_embeddings().weight.numel()
+    return sum(p.numel() for p in model.parameters()) - head, head
+
+
 def tail_flop(forward, examples, model) -> float:
     """What a later epoch cannot do without: tails forward and backward to their inputs, their labels through the head."""
-    head = model.get_input_embeddings().weight.numel()
-    backbone = sum(p.numel() for p in model.parameters()) - head
+    backbone, head = parameters_of(model)
     return 4.0 * (backbone * int(forward.tail_len.sum()) + head * int((examples.labels - forward.static_labels).sum()))
 
 
@@ -239,12 +245,12 @@ def matmul_rate(model) -> float:
 
 def where_time_goes(profiler, top: int = 12) -> list[str]:
     """The operations that take the most time themselves, with their shares of it."""
-    device = (
-        "self_device_time_total" if any(e.self_device_time_total for e in profiler.key_averages()) else "self_cpu_time_total"
-    )
-    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, device))
-    total = sum(getattr(event, device) for event in events)
-    return [f"{100 * getattr(event, device) / total:5.1f} %  {event.count:>7,} x  {event.key}" for event in events[:top]]
+    events = profiler.key_averages()
+    on_gpu = any(event.self_device_time_total for event in events)
+    spent = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
+    total = sum(map(spent, events))
+    events = sorted(events, key=spent, reverse=True)[:top]
+    return [f"{100 * spent(event) / total:5.1f} %  {event.count:>7,} x  {event.key}" for event in events]
 
 
 def shares(forward, examples, sampler, micro: int, model) -> dict:
@@ -261,13 +267,12 @@ def shares(forward, examples, sampler, micro: int, model) -> dict:
         len(part) * (-(-int(examples.length[part].max()) // 8) * 8)
         for part in (order[i : i + micro] for i in range(0, len(order), micro))
     )
-    head = model.get_input_embeddings().weight.numel()
-    backbone = sum(p.numel() for p in model.parameters()) - head
+    backbone, head = parameters_of(model)
     tail, own = int(forward.tail_len.sum()), int(forward.own_len.sum())
     in_trees = sum(len(tree.tokens) for _, tree in forward.trees)
     static, labels = int(forward.static_labels.sum()), int(examples.labels.sum())
     plain = padded * (2 * backbone + 3 * head)
-    later = tail * 2 * backbone + (labels - static) * 2 * head
+    later = tail_flop(forward, examples, model) / 2
     first = later + in_trees * backbone + static * head
     return {
         "template": int(forward.template_len.sum()) / total,
