@@ -20,14 +20,17 @@ and a customer's shorter example is a token prefix of the longer one.
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import functools
 import hashlib
+import html
 import json
 import logging
 import os
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
@@ -52,7 +55,8 @@ CSV_COLUMNS = (
     "item_sid",
 )
 SEPARATOR = "\n"  # ends each item of a history; titles are single lines, so it never stands inside one
-CACHE_FORMAT = 2  # raise it when the ids of the same text and files change
+MAX_LEFT_OUT = 0.2  # the share of a file's rows that may be left out before a run stops
+CACHE_FORMAT = 3  # raise it when the ids of the same text and files change
 
 
 class InputError(ValueError):
@@ -122,15 +126,51 @@ def read_index(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def read_titles(path: Path) -> dict[str, str]:
-    """Item id -> title on one line, from an item file {"0": {"title": ..., "description": ...}}."""
+    """Item id -> title on one line, from an item file {"0": {"title": ..., "description": ...}}.
+
+    A number is a title by its text; an item whose title is missing, null or NaN has none ("").
+    """
     expected = 'an item file like {"0": {"title": "Wood screws", "description": ""}}'
     items = read_json(path, expected)
     if not isinstance(items, dict) or not items:
         raise InputError(f"{path}: holds no items; expected {expected}")
     for item, fields in items.items():
-        if not isinstance(fields, dict) or not isinstance(fields.get("title"), str):
-            raise InputError(f"{path}: item {item!r} has no title string; expected {expected}")
-    return {item: one_line(fields["title"]) for item, fields in items.items()}
+        if not isinstance(fields, dict):
+            raise InputError(f"{path}: item {item!r} has {str(fields)[:60]!r} for its fields; expected {expected}")
+        if type(fields.get("title")) not in TITLE_TYPES:
+            raise InputError(f"{path}: item {item!r} has {str(fields['title'])[:60]!r} for a title; expected {expected}")
+    if not any("title" in fields for fields in items.values()):
+        raise InputError(f"{path}: no item has a title; expected {expected}")
+    return {item: title_text(fields.get("title")) for item, fields in items.items()}
+
+
+TITLE_TYPES = (str, int, float, type(None))
+
+
+def title_text(value: str | float | None) -> str:
+    """A title on one line: 5 -> "5"; "" where there is none (None, or NaN, which pandas writes for None)."""
+    return "" if value is None or value != value else one_line(str(value))
+
+
+def same_title(title: str, other: str) -> bool:
+    """Whether two titles are the same text but for white space and for how characters are escaped in them."""
+    return title == other or unescaped(title) == unescaped(other)
+
+
+# \u00e9, \xe9, or a backslash before the character that is meant
+ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
+
+
+def unescaped(text: str) -> str:
+    """A title without the escapes of JSON, Python and HTML: 'Caf\\u00e9 5\\" &amp; up' -> 'Café 5" & up'."""
+
+    def meant(found: re.Match) -> str:
+        code = found[1] or found[2]
+        return chr(int(code, 16)) if code else " " if found[3] in "nrt" else found[3]
+
+    text = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+    text = ESCAPE.sub(meant, text).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # emoji have two \u
+    return one_line(html.unescape(text))
 
 
 def one_line(text: str) -> str:
@@ -184,47 +224,154 @@ class Row(NamedTuple):
     preference: str = ""
 
 
-def read_list(cell: str) -> list:
-    """The list that a cell holds as a Python literal: "['a', \"it's\"]". Nothing is evaluated; ValueError otherwise.
+# How an entry of a list cell is written. Two texts side by side are not in it: Python reads ['Mug' 'Jug'], which is what
+# a numpy array of two writes, as the one text 'MugJug'.
+STRING = r"""[rRuU]?(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+")"""
+NUMBER = r"-?(?:0|[1-9]\d*+)(?:\.\d*+)?(?:[eE][+-]?\d+)?(?![\w.])"
+ENTRY = rf"(?:{STRING}|{NUMBER}|None\b)"
+LIST = re.compile(rf"\s*\[\s*(?:{ENTRY}(?:\s*,\s*{ENTRY})*+\s*,?\s*)?\]\s*")
+LIST_BEGUN = re.compile(rf"\s*\[\s*(?:{ENTRY}\s*,\s*)*({ENTRY})\s*({ENTRY})")
+NUMPY_SCALAR = rf"(?:np|numpy)\.(?:u?int|float|str_)\d*\(\s*({STRING}|{NUMBER})\s*\)"
+OTHERWISE_WRITTEN = re.compile(rf"({STRING})|{NUMPY_SCALAR}|\b(?:nan|NaN|null)\b|<NA>")
 
-    A list of plain strings without a double quote or backslash reads the same as JSON, ten times as fast.
+
+def read_list(cell: str) -> list[str | int | float | None]:
+    """The list that a cell holds, as Python or JSON writes it: "['a', \"it's\"]" -> ["a", "it's"].
+
+    Its entries are texts and numbers, also as np.int64(5), and None, nan or null where one is missing. Nothing is
+    evaluated; ValueError tells why a cell is no such list. Texts and whole numbers that JSON can read are read by JSON:
+    ten times as fast, and the only right way where JSON wrote them (an emoji as two halves, a slash as \\/).
     """
-    if '"' not in cell and "\\" not in cell:
-        try:
-            value = json.loads(cell.replace("'", '"'))
-            if type(value) is list and all(type(entry) is str for entry in value):
-                return value
-        except (ValueError, RecursionError):
-            pass  # numbers, other literals and everything that is none: the literal parser decides
     try:
-        value = ast.literal_eval(cell)
-    except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError):
-        raise ValueError("is not a list literal") from None
-    if not isinstance(value, list):
-        raise ValueError("is not a list literal")
-    return value
+        value = json.loads(cell if '"' in cell or "\\" in cell else cell.replace("'", '"'))
+        if type(value) is list and all(type(entry) in (str, int) for entry in value):
+            return value
+    except (ValueError, RecursionError):
+        pass  # whatever else it is: the grammar above decides
+    plain = OTHERWISE_WRITTEN.sub(lambda found: found[1] or found[2] or "None", cell).strip()
+    if LIST.fullmatch(plain):
+        with contextlib.suppress(SyntaxError, ValueError, MemoryError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # '\/' in a title is nothing to warn of
+            return ast.literal_eval(plain)
+    if begun := LIST_BEGUN.match(plain):
+        raise ValueError(f"is not a list literal (no comma between {begun[1][:30]} and {begun[2][:30]})")
+    if "..." in re.sub(STRING, "", plain):
+        raise ValueError("is not a list literal (numpy left entries out of it at the three dots)")
+    raise ValueError("is not a list literal")
 
 
-def read_rows(path: Path, catalogue: Catalogue, tell: Callable[[str], None] = logger.info) -> Iterator[Row]:
+class ItemIds:
+    """Finds the item that an id of a file means: ItemIds(catalogue).find("5.0") -> the place of "5".
+
+    The text of an id decides. Where no item has it, the id may be written otherwise than in the index: as "5.0", " 5",
+    "05", "'5'" or "np.int64(5)" for "5". Such an id is read if exactly one item can be meant, and is counted.
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.example = catalogue.items[0].id
+        self.respelled: Counter[tuple[str, str]] = Counter()
+
+    @functools.cached_property
+    def places(self) -> dict[str, list[int]]:
+        """The places of the items whose ids are the same but for how they are written."""
+        places: dict[str, list[int]] = {}
+        for place, item in enumerate(self.catalogue.items):
+            places.setdefault(plain_id(item.id), []).append(place)
+        return places
+
+    def find(self, value: Any) -> int | None:
+        """The place of an item, None where the index has no such item; ValueError where the id could mean anything."""
+        place = self.catalogue.place.get(text := str(value))
+        if place is not None:
+            return place
+        if type(value) is float and not (value.is_integer() and abs(value) < 2**53):
+            raise ValueError(f"has {text} for an item id; the index has ids like {self.example!r}")
+        found = self.places.get(plain_id(text), [])
+        if len(found) > 1:
+            either = join_or(repr(self.catalogue.items[place].id) for place in found)
+            raise ValueError(f"has {text!r} for an item id, which may be {either} of the index; write it as there")
+        if not found:
+            return None
+        self.respelled[text, self.catalogue.items[found[0]].id] += 1
+        return found[0]
+
+    def note(self) -> str:
+        """What to tell of ids that are written otherwise than in the index; nothing where none is."""
+        if not self.respelled:
+            return ""
+        text, known = next(iter(self.respelled))
+        count = f"{self.respelled.total():,} item ids"
+        return f"{count} are written otherwise than in the index and read as there ({text!r} as {known!r})"
+
+
+def plain_id(text: str) -> str:
+    """The same text for all ways to write an id: "5.0", " 5", "05", "'5'" and "np.int64(5)" -> "5"."""
+    text = re.sub(rf"\A\s*{NUMPY_SCALAR}\s*\Z", r"\1", text).strip()
+    text = text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    number = re.fullmatch(r"(-?)0*([0-9]+)(?:\.0*)?", text)
+    return number[1] + number[2] if number else text
+
+
+class LeftOut:
+    """The rows of a file that cannot be used, by reason, with an example of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def check(self, path: Path, rows: int, max_left_out: float, expected: str) -> None:
+        """InputError where all rows are left out, or a larger share than is allowed."""
+        left = self.counts.total()
+        why = ", ".join(f"{count:,} as {reason} ({self.examples[reason]})" for reason, count in self.counts.items())
+        if left == rows:
+            raise InputError(f"{path}: no row has a known item and history ({why}); {expected}")
+        check_share(f"{path}: ", left, rows, max_left_out, f"{why}; {expected}")
+
+
+def check_share(what: str, left: int, rows: int, max_left_out: float, why: str) -> None:
+    """InputError where more than a share of the rows would be left out."""
+    if left / rows > max_left_out:
+        raise InputError(
+            f"{what}{left:,} of {rows:,} rows would be left out, more than --max_left_out {max_left_out:g} allows: {why}; "
+            "mend that or allow it with --max_left_out 1"
+        )
+
+
+def read_rows(
+    path: Path,
+    catalogue: Catalogue,
+    tell: Callable[[str], None] = logger.info,
+    *,
+    max_left_out: float = MAX_LEFT_OUT,
+) -> Iterator[Row]:
     """The rows of an interaction CSV, one at a time, checked against the catalogue; tells at the end what it left out.
 
     The SIDs and titles that are trained on are the catalogue's. A CSV that contradicts its SIDs is refused: it belongs
     to another index. (A CSV SID that lacks only the last, collision-breaking token is the same item's and is counted.)
+    InputError at the end where a larger share of the rows than `max_left_out` was left out.
     """
     path = Path(path)
     counts: Counter[str] = Counter()
+    ids, left_out = ItemIds(catalogue), LeftOut()
     for line, fields in read_csv(path):
         counts["rows"] += 1
-        row = parse_row(f"{path}:{line}", fields, catalogue, counts)
+        row = parse_row(f"{path}:{line}", fields, ids, counts, left_out)
         if row is not None:
             yield row
     if not counts["rows"]:
         raise InputError(f"{path}: has no rows; expected a header and rows of {','.join(CSV_COLUMNS)}")
-    if counts["rows"] == counts["target"] + counts["empty"]:
-        raise InputError(f"{path}: no row has a known item and history; the CSV and the index must be of one dataset")
+    expected = f"the index has ids like {ids.example!r}; the CSV and the index must be of one dataset"
+    left_out.check(path, counts["rows"], max_left_out, expected)
+    for reason, count in left_out.counts.items():
+        tell(f"{path.name}: {count:,} rows left out: {reason} ({counts['rows']:,} rows)")
+    if note := ids.note():
+        tell(f"{path.name}: {note} ({counts['rows']:,} rows)")
     for key, text in {
-        "target": "rows left out: their item is not in the index",
-        "empty": "rows left out: their history is empty",
         "history": "history items left out: they are not in the index",
         "short": "SIDs lack the last token that the index has; the index is used",
         "title": "titles differ from the item file's; the item file is used",
@@ -272,19 +419,22 @@ def read_lines(path: Path) -> Iterator[str]:
         raise InputError(f"{path}: cannot be read ({error_text(error)}); expected a UTF-8 CSV") from None
 
 
-def parse_row(where: str, fields: dict[str, str], catalogue: Catalogue, counts: Counter) -> Row | None:
-    """One checked row, or None where its item is unknown or nothing stands before it."""
-    ids, sids, titles = (
-        list_cell(where, fields, column) for column in ("history_item_id", "history_item_sid", "history_item_title")
-    )
-    if not len(ids) == len(sids) == len(titles):
+def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter, left_out: LeftOut) -> Row | None:
+    """One checked row, or None where its item is unknown or nothing that is known stands before it."""
+    catalogue = ids.catalogue
+    history_ids, sids, titles = (list_cell(where, fields, column, catalogue) for column in LIST_COLUMNS)
+    if not len(history_ids) == len(sids) == len(titles):
         raise InputError(
-            f"{where}: the history has {len(ids)} ids, {len(sids)} SIDs and {len(titles)} titles; they must be aligned"
+            f"{where}: the history has {len(history_ids)} ids, {len(sids)} SIDs and {len(titles)} titles; "
+            "they must be aligned"
         )
     places = []
-    cells = zip([*ids, fields["item_id"]], [*sids, fields["item_sid"]], [*titles, fields["item_title"]], strict=True)
+    cells = zip([*history_ids, fields["item_id"]], [*sids, fields["item_sid"]], [*titles, fields["item_title"]], strict=True)
     for item_id, sid, title in cells:
-        place = catalogue.place.get(str(item_id))
+        try:
+            place = ids.find(item_id)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
         places.append(place)
         if place is None:
             continue
@@ -293,44 +443,80 @@ def parse_row(where: str, fields: dict[str, str], catalogue: Catalogue, counts: 
         if sid != known:
             if sid != "".join(item.sid[:-1]):
                 raise InputError(
-                    f"{where}: item {item_id} has the SID {str(sid)[:60]!r}, in the index {known!r}; "
+                    f"{where}: item {item_id} has the SID {sid[:60]!r}, in the index {known!r}; "
                     "the CSV and the index must be of one dataset"
                 )
             counts["short"] += 1
-        if item.title and title != item.title and one_line(str(title)) != item.title:
+        if title and title != item.title and item.title and not same_title(title_text(title), item.title):
             counts["title"] += 1
     *history, target = places
     known_history = tuple(place for place in history if place is not None)
     counts["history"] += len(history) - len(known_history)
-    if target is None or not known_history:
-        counts["target" if target is None else "empty"] += 1
-        return None
-    return Row(fields["user_id"], known_history, target)
+    line = f"line {where.rpartition(':')[2]}"
+    if target is None:
+        left_out.add("their item is not in the index", f"{line}: {fields['item_id'][:60]!r}")
+    elif not history:
+        left_out.add("their history is empty", line)
+    elif not known_history:
+        left_out.add("no item of their history is in the index", f"{line}: {fields['history_item_id'][:60]!r}")
+    else:
+        return Row(fields["user_id"], known_history, target)
+    return None
 
 
-def list_cell(where: str, fields: dict[str, str], column: str) -> list:
+# The list columns, and what an entry of each may be. Ids and titles that are numbers are read by their text.
+LIST_COLUMNS = {
+    "history_item_id": (str, int, float),
+    "history_item_sid": (str,),
+    "history_item_title": TITLE_TYPES,
+}
+
+
+def list_cell(where: str, fields: dict[str, str], column: str, catalogue: Catalogue) -> list:
+    """The list in a cell, its entries of the types that its column has; InputError shows the cell and a right one."""
+    cell = fields[column]
     try:
-        return read_list(fields[column])
+        values = read_list(cell)
+        for value in values:
+            if type(value) not in LIST_COLUMNS[column]:
+                raise ValueError(f"has the entry {value!r}")
     except ValueError as error:
         raise InputError(
-            f"{where}: column {column!r} {error}: {fields[column][:60]!r}; expected one like ['a', 'b']"
+            f"{where}: column {column!r} {error}: {' '.join(cell[:60].split())!r}; "
+            f"expected one like {example_cell(column, catalogue)}, as numpy's tolist() gives it"
         ) from None
+    return values
+
+
+def example_cell(column: str, catalogue: Catalogue) -> str:
+    """What a list column of this catalogue may hold."""
+    items = catalogue.items[:2]
+    if column == "history_item_id":
+        return repr([int(item.id) if item.id.isdecimal() and item.id == str(int(item.id)) else item.id for item in items])
+    return repr(["".join(item.sid) if column == "history_item_sid" else item.title or "a title" for item in items])[:120]
 
 
 def read_preferences(
-    path: Path, catalogue: Catalogue, split: str, tell: Callable[[str], None] = logger.info
+    path: Path,
+    catalogue: Catalogue,
+    split: str,
+    tell: Callable[[str], None] = logger.info,
+    *,
+    max_left_out: float = MAX_LEFT_OUT,
 ) -> Iterator[Row]:
     """The rows of one split of a preference file: a JSON list of
     {"user", "split", "user_preference", "context": {"history_items": [...], "target_item": ...}}.
 
-    An item stands there as its id, as its SID, or as an object with "item_id", "id" or "sid".
+    An item stands there as its id, as its SID, or as an object with "item_id", "id" or "sid". InputError at the end
+    where a larger share of the entries than `max_left_out` was left out.
     """
     expected = 'a list of {"user", "split", "user_preference", "context": {"history_items", "target_item"}}'
     entries = read_json(path, expected)
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: holds no entries; expected {expected}")
     by_sid = {"".join(item.sid): place for place, item in reversed(list(enumerate(catalogue.items)))}
-    unknown = total = 0
+    ids = ItemIds(catalogue)
+    unknown = total = first = 0
     for number, entry in enumerate(entries):
         try:
             history, target = entry["context"]["history_items"], entry["context"]["target_item"]
@@ -343,23 +529,33 @@ def read_preferences(
             raise InputError(f"{path}: entry {number} has history_items that are no list; expected {expected}")
         if its_split != split:
             continue
-        found = [find_item(value, catalogue, by_sid) for value in [*history, target]]
+        try:
+            found = [find_item(value, ids, by_sid) for value in [*history, target]]
+        except ValueError as error:
+            raise InputError(f"{path}: entry {number} {error}") from None
         total += 1
         if None in found or len(found) < 2 or not isinstance(preference, str) or not preference.strip():
+            first = first if unknown else number
             unknown += 1
             continue
         yield Row(user, tuple(found[:-1]), found[-1], one_line(preference))
     if unknown == total:
         raise InputError(f"{path}: no entry of split {split!r} has known items and a preference; expected {expected}")
+    reason = "unknown item, no history or no preference"
     if unknown:
-        tell(f"{Path(path).name}: {unknown:,} of {total:,} entries left out: unknown item, no history or no preference")
+        why = f"{reason} (entry {first}); the index has ids like {ids.example!r}"
+        check_share(f"{path}: ", unknown, total, max_left_out, why)
+        tell(f"{Path(path).name}: {unknown:,} of {total:,} entries left out: {reason}")
+    if note := ids.note():
+        tell(f"{Path(path).name}: {note}")
 
 
-def find_item(value: Any, catalogue: Catalogue, by_sid: dict[str, int]) -> int | None:
+def find_item(value: Any, ids: ItemIds, by_sid: dict[str, int]) -> int | None:
     """The place of an item that a preference file names by id, by SID or by an object that has one of them."""
     if isinstance(value, dict):
         value = next((value[key] for key in ("item_id", "id", "sid") if key in value), None)
-    return catalogue.place.get(str(value), by_sid.get(str(value)))
+    place = by_sid.get(str(value))
+    return ids.find(value) if place is None else place
 
 
 # ---------------------------------------------------------------------------------------------- tasks and wording
@@ -727,15 +923,16 @@ def build_dataset(
     cutoff_len: int,
     sample: int = -1,
     seed: int = 42,
+    max_left_out: float = MAX_LEFT_OUT,
     cache_dir: Path,
     num_proc: int | None = None,
 ) -> Dataset:
     """The tokenized examples of the tasks, on disk and memory-mapped, built once per node and content.
 
     Columns: input_ids (list of int32), length, prompt_len, static_len, dropped, task (position in TASKS), user (a
-    number per user; -1 for item tasks). `sample` > 0 takes that many random rows for each task. The folder is named
-    after a hash of all that decides its content; other processes of the node wait for the first and then open the same
-    files.
+    number per user; -1 for item tasks). `sample` > 0 takes that many random rows for each task. InputError
+    where a larger share of the rows than `max_left_out` gives no example. The folder is named after a hash of all that
+    decides its content; other processes of the node wait for the first and then open the same files.
     """
     from filelock import FileLock
 
@@ -751,6 +948,7 @@ def build_dataset(
         cutoff_len,
         sample,
         seed,
+        max_left_out,  # decides nothing in the folder, but whether there is one
     )
     folder = Path(cache_dir) / key
     try:
@@ -764,15 +962,32 @@ def build_dataset(
             scratch.mkdir()
             try:
                 encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=cutoff_len)
-                write_dataset(scratch, source, names, encoder, sample=sample, seed=seed, num_proc=num_proc)
+                write_dataset(
+                    scratch,
+                    source,
+                    names,
+                    encoder,
+                    sample=sample,
+                    seed=seed,
+                    max_left_out=max_left_out,
+                    num_proc=num_proc,
+                )
                 os.replace(scratch, folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-    return open_dataset(folder, cutoff_len)
+    return open_dataset(folder, cutoff_len, max_left_out)
 
 
 def write_dataset(
-    folder: Path, source: Source, names: list[str], encoder: Encoder, *, sample: int, seed: int, num_proc: int | None
+    folder: Path,
+    source: Source,
+    names: list[str],
+    encoder: Encoder,
+    *,
+    sample: int,
+    seed: int,
+    max_left_out: float,
+    num_proc: int | None,
 ) -> None:
     """Writes the examples of all tasks as Arrow files, and summary.json: the files in order, and what to tell."""
     import numpy as np
@@ -781,15 +996,17 @@ def write_dataset(
     notes: list[str] = []
     users: dict[str, int] = {"": -1}
     tables: dict[str, Dataset] = {}
-    parts = []
+    parts, untitled = [], {}
+    without_title = {place for place, item in enumerate(encoder.catalogue.items) if not item.title}
     for name in names:
         task = TASKS[name]
         if task.rows not in tables:
-            rows = source_rows(task.rows, source, encoder.catalogue, notes.append)
+            rows = source_rows(task.rows, source, encoder.catalogue, notes.append, max_left_out)
             tables[task.rows] = write_rows(folder / f"rows-{task.rows}.arrow", rows, users)
         table = tables[task.rows]
         part = table.add_column("task", np.full(len(table), list(TASKS).index(name), np.int8))
         parts.append(part.select(sample_of(len(part), sample, seed, task)))
+        untitled[name] = sum(place in without_title for place in parts[-1]["item"]) if task.rows == "items" else 0
     rows = concatenate_datasets(parts)
     encoder.prepare([TASKS[name] for name in names])
     encoded = rows.map(
@@ -812,7 +1029,7 @@ def write_dataset(
         "files": [Path(file["filename"]).name for file in encoded.cache_files],
         "notes": notes,
         "tasks": {
-            name: {"rows": count, "examples": int(examples[number]), "cut": int(cut[number])}
+            name: {"rows": count, "untitled": untitled[name], "examples": int(examples[number]), "cut": int(cut[number])}
             for name, count, number in counts
         },
     }
@@ -852,12 +1069,14 @@ def processes(rows: int, num_proc: int | None, *, whole_texts: bool) -> int | No
     return wanted if rows >= (15_000 if whole_texts else 100_000) and wanted > 1 else None
 
 
-def source_rows(kind: str, source: Source, catalogue: Catalogue, tell: Callable[[str], None]) -> Iterable[Row]:
+def source_rows(
+    kind: str, source: Source, catalogue: Catalogue, tell: Callable[[str], None], max_left_out: float
+) -> Iterable[Row]:
     if kind == "items":
         return (Row("", (), place) for place in range(len(catalogue.items)))
     if kind == "interactions":
-        return read_rows(source.interactions, catalogue, tell)
-    return read_preferences(source.preferences, catalogue, source.split, tell)
+        return read_rows(source.interactions, catalogue, tell, max_left_out=max_left_out)
+    return read_preferences(source.preferences, catalogue, source.split, tell, max_left_out=max_left_out)
 
 
 def write_rows(path: Path, rows: Iterable[Row], users: dict[str, int]) -> Dataset:
@@ -896,8 +1115,12 @@ def encode_batch(batch: dict[str, list], *, encoder: Encoder) -> dict[str, list]
     return {name: [example[place] for example in examples] for place, name in enumerate(names)}
 
 
-def open_dataset(folder: Path, cutoff_len: int) -> Dataset:
-    """The memory-mapped dataset of a finished folder; logs what was cut or left out, refuses an empty task."""
+def open_dataset(folder: Path, cutoff_len: int, max_left_out: float = MAX_LEFT_OUT) -> Dataset:
+    """The memory-mapped dataset of a finished folder; logs what was cut or left out.
+
+    InputError where a task has no example or a larger share of its rows than `max_left_out` was left out. Items without
+    a title do not count in the item tasks: a catalogue may have them, and no row of the user's is lost.
+    """
     from datasets import Dataset, concatenate_datasets
 
     summary = json.loads((folder / "summary.json").read_text())
@@ -908,16 +1131,15 @@ def open_dataset(folder: Path, cutoff_len: int) -> Dataset:
             logger.info(
                 f"{name}: {task['cut']:,} of {task['examples']:,} examples lost old items to --cutoff_len {cutoff_len}"
             )
-        if missing := task["rows"] - task["examples"]:
-            logger.info(
-                f"{name}: {missing:,} of {task['rows']:,} rows left out: no title, or template, newest item and answer "
-                f"are longer than --cutoff_len {cutoff_len}"
-            )
+        why = f"no title, or template, newest item and answer are longer than --cutoff_len {cutoff_len}"
         if not task["examples"]:
             raise InputError(
                 f"task {name!r} has no example: its items have no titles (--item_meta_path) "
                 f"or --cutoff_len {cutoff_len} is shorter than template, newest item and answer"
             )
+        if missing := task["rows"] - task["examples"]:
+            check_share(f"task {name!r}: ", missing - task["untitled"], task["rows"], max_left_out, why)
+            logger.info(f"{name}: {missing:,} of {task['rows']:,} rows left out: {why}")
     return concatenate_datasets([Dataset.from_file(str(folder / file)) for file in summary["files"]])
 
 
@@ -961,6 +1183,7 @@ class SFTDataset:
         max_len: int = 512,
         sample: int = -1,
         seed: int = 42,
+        max_left_out: float = MAX_LEFT_OUT,
         category: str = "",
         test: bool = False,
     ) -> None:
@@ -973,18 +1196,18 @@ class SFTDataset:
         self.examples: list[Example] = []
         self.texts: list[tuple[str, str]] = []
         for task in (task for task in TASKS.values() if task.group == self.task_group):
-            rows = self.rows(file, catalogue)
+            rows = self.rows(file, catalogue, max_left_out)
             rows = [rows[place] for place in sample_of(len(rows), sample, seed, task)]
             for row, example in zip(rows, encoder.encode(task, rows), strict=True):
                 if example is not None:
                     self.examples.append(example)
                     self.texts.append(render(task, row, catalogue, prompts))
 
-    def rows(self, file: str | None, catalogue: Catalogue) -> list[Row]:
+    def rows(self, file: str | None, catalogue: Catalogue, max_left_out: float) -> list[Row]:
         if file is None and self.source_kind != "items":
             raise InputError(f"{type(self).__name__}: needs the file of its {self.source_kind}")
         path = Path(file) if file else None
-        return list(source_rows(self.source_kind, Source(path, path), catalogue, logger.info))
+        return list(source_rows(self.source_kind, Source(path, path), catalogue, logger.info, max_left_out))
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -385,9 +385,12 @@ def test_an_example_over_the_cutoff_with_its_newest_item_alone_is_left_out_and_c
     whole = build(folder, ["sid_sid"])
     newest = min(whole["length"])  # bob's and cleo's one-item histories
     with caplog.at_level(logging.INFO, "sft.data"):
-        left = build(folder, ["sid_sid"], cutoff_len=newest)
+        left = build(folder, ["sid_sid"], cutoff_len=newest, max_left_out=1)
     assert 0 < len(left) < 5
     assert f"sid_sid: {5 - len(left)} of 5 rows left out" in caplog.text
+    message = one_error(lambda: build(folder, ["sid_sid"], cutoff_len=newest))
+    assert f"task 'sid_sid': {5 - len(left)} of 5 rows would be left out, more than --max_left_out 0.2 allows" in message
+    assert f"--cutoff_len {newest}" in message
     assert "cutoff_len 20 is shorter" in one_error(lambda: build(folder, ["sid_sid"], cutoff_len=20))
 
 
@@ -451,16 +454,106 @@ def test_rows_with_unknown_items_are_counted_in_every_run_and_left_out(folder, c
     for _ in range(2):  # the second run opens what the first has built
         caplog.clear()
         with caplog.at_level(logging.INFO, "sft.data"):
-            assert len(build(folder, ["sid_sid"])) == 2
+            assert len(build(folder, ["sid_sid"], max_left_out=1)) == 2
         told.append([record.message for record in caplog.records if "toy.csv" in record.message])
     assert told[0] == [
         "toy.csv: 1 rows left out: their item is not in the index (5 rows)",
-        "toy.csv: 2 rows left out: their history is empty (5 rows)",
+        "toy.csv: 1 rows left out: no item of their history is in the index (5 rows)",
+        "toy.csv: 1 rows left out: their history is empty (5 rows)",
         "toy.csv: 2 history items left out: they are not in the index (5 rows)",
         "toy.csv: 1 SIDs lack the last token that the index has; the index is used (5 rows)",
         "toy.csv: 1 titles differ from the item file's; the item file is used (5 rows)",
     ]
     assert told[1] == told[0]
+
+
+def test_more_than_a_fifth_of_the_rows_left_out_stops_unless_it_is_allowed(folder):
+    good = [toy.csv_row("ann", "01", "2")] * 8
+    unknown, nothing, strange = (toy.csv_row("bob", history, item) for history, item in (("1", "98"), ("", "1"), ("9", "1")))
+    path = toy.write_csv(folder / "toy.csv", [*good, unknown, nothing])
+    assert len(list(read_rows(path, catalogue_of(folder)))) == 8  # a fifth is not more than a fifth
+    path = toy.write_csv(path, [*good, unknown, nothing, strange, strange])
+    assert one_error(read_rows, path, catalogue_of(folder)) == (
+        f"{path}: 4 of 12 rows would be left out, more than --max_left_out 0.2 allows: "
+        "1 as their item is not in the index (line 10: '98'), 1 as their history is empty (line 11), "
+        "2 as no item of their history is in the index (line 12: '[9]'); the index has ids like '0'; "
+        "the CSV and the index must be of one dataset; mend that or allow it with --max_left_out 1"
+    )
+    assert len(list(read_rows(path, catalogue_of(folder), max_left_out=0.34))) == 8
+    path = toy.write_csv(path, [unknown, strange])
+    message = "no row has a known item and history (1 as their item is not in the index (line 2: '98')"
+    assert message in one_error(lambda: list(read_rows(path, catalogue_of(folder), max_left_out=1)))
+
+
+def test_a_dataset_that_was_allowed_to_leave_rows_out_does_not_open_where_it_is_not(folder):
+    toy.write_csv(folder / "toy.csv", [toy.csv_row("ann", "01", "2"), toy.csv_row("bob", "1", "98")])
+    assert len(build(folder, ["sid_sid"], max_left_out=0.5)) == 1
+    assert "1 of 2 rows would be left out" in one_error(build, folder, ["sid_sid"])
+    assert len(build(folder, ["sid_sid"], max_left_out=0.5)) == 1
+
+
+def test_items_without_titles_stop_the_tasks_of_users_rows_and_not_the_item_tasks(folder):
+    toy.write_items(folder, {**toy.TITLES, "4": "", "2": None, "0": ""})
+    assert len(build(folder, ["item"])) == 4
+    message = one_error(build, folder, ["sid_title"])
+    assert "task 'sid_title': 4 of 5 rows would be left out, more than --max_left_out 0.2 allows: no title" in message
+    assert len(build(folder, ["sid_title"], max_left_out=0.8)) == 1
+
+
+@pytest.mark.parametrize(
+    ("cell", "title"),
+    [
+        (r"Caf\u00e9 5\" wide", 'Café 5" wide'),
+        (r'"Caf\u00e9 3\/4"', "Café 3/4"),
+        (r"\ud83d\ude00 mug", "\N{GRINNING FACE} mug"),
+        ("Nuts &amp; Bolts &#39;M5&#39;", "Nuts & Bolts 'M5'"),
+        (r"it\'s \xe9", "it's é"),
+        (r"two\nlines", "two lines"),
+        (" two\n lines", "two lines"),
+    ],
+)
+def test_a_title_that_is_only_escaped_otherwise_does_not_differ(folder, caplog, cell, title):
+    toy.write_items(folder, {**toy.TITLES, "2": title})
+    row = toy.csv_row("ann", "01", "2")
+    for other, differs in ((cell, False), (title, False), (cell + "!", True), ("", False)):
+        rows = [{**row, "item_title": other}, {**toy.csv_row("ann", "2", "1"), "history_item_title": repr([other])}]
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "sft.data"):
+            assert len(list(read_rows(toy.write_csv(folder / "toy.csv", rows), catalogue_of(folder)))) == 2
+        assert ("2 titles differ from the item file's" in caplog.text) == differs
+        assert ("differ" in caplog.text) == differs
+
+
+def test_a_json_list_of_titles_does_not_differ(folder, caplog):
+    titles = {**toy.TITLES, "0": '\N{GRINNING FACE} 5" é 3/4', "1": "it's"}
+    toy.write_items(folder, titles)
+    row = {**toy.csv_row("ann", "01", "2"), "history_item_title": json.dumps([titles["0"], titles["1"]]).replace("/", r"\/")}
+    with caplog.at_level(logging.INFO, "sft.data"):
+        assert len(list(read_rows(toy.write_csv(folder / "toy.csv", [row]), catalogue_of(folder)))) == 1
+    assert "differ" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "title"),
+    [
+        ({"title": None}, ""),
+        ({}, ""),
+        ({"title": float("nan")}, ""),
+        ({"title": ""}, ""),
+        ({"title": 5}, "5"),
+        ({"title": 7.5}, "7.5"),
+    ],
+)
+def test_a_title_that_is_missing_or_a_number_refuses_nothing(folder, fields, title):
+    items = {item: {"title": text} for item, text in toy.TITLES.items()}
+    toy.write_json(folder / "toy.item.json", {**items, "1": fields})
+    assert [item.title for item in catalogue_of(folder).items] == [{**toy.TITLES, "1": title}[item] for item in toy.TITLES]
+
+
+@pytest.mark.parametrize("title", [True, ["Screws"], {"en": "Screws"}])
+def test_a_title_that_is_neither_text_nor_number_is_one_line(folder, title):
+    path = toy.write_items(folder, {**toy.TITLES, "1": title})
+    assert one_error(catalogue_of, folder).startswith(f"{path}: item '1' has {str(title)!r} for a title; expected an item")
 
 
 def test_titles_that_hold_reserved_tokens_are_counted(folder, caplog):
@@ -510,18 +603,139 @@ def test_a_cell_that_is_no_list_is_refused_with_file_line_and_column(folder, mon
         "['a', 'b']",
         "[\"it's\", 'b\"']",
         "[1, -2]",
-        "['a' 'b']",
         "['a',]",
+        "['a',\n 'b']",
+        " [5, 'a']",
         r"['\x41\n']",
         "[ 'a' ,'' ]",
         "['☃']",
         "[r'a']",
+        "[5.0, 1e3, -2.5]",
+        "[None, 'a']",
+        """["it's", 'a "b"', 'c']""",
     ],
 )
 def test_a_list_cell_reads_as_python_reads_it(cell):
     import ast
 
-    assert read_list(cell) == ast.literal_eval(cell)
+    assert read_list(cell) == ast.literal_eval(cell.strip())
+
+
+@pytest.mark.parametrize(
+    ("cell", "entries"),
+    [
+        ("[np.int64(5), np.int64(7)]", [5, 7]),
+        ("[np.str_('a'), numpy.str_(\"it's\")]", ["a", "it's"]),
+        ("[np.float64(5.0)]", [5.0]),
+        ("['np.int64(5)', 'nan']", ["np.int64(5)", "nan"]),
+        ("['a', nan, null, <NA>]", ["a", None, None, None]),
+        (r'["\ud83d\ude00 5\" 3\/4"]', ['\N{GRINNING FACE} 5" 3/4']),
+        (r"['3\/4']", [r"3\/4"]),
+    ],
+)
+def test_a_list_cell_of_numpy_pandas_or_json_reads_as_it_was_meant(cell, entries):
+    assert read_list(cell) == entries
+
+
+NO_COMMA = {
+    "two texts": "['0' '1']",
+    "two texts in two lines": "['0'\n '1']",
+    "the third": "['0', '2' '1']",
+    "mixed quotes": "['0' \"1\"]",
+    "a raw text": "['0' r'1']",
+    "no space": "['0''1']",
+    "numbers": "[0 1]",
+    "more spaces": "[ 0  1]",
+    "floats": "[0. 1.]",
+    "shortened": "['0' '1' ... '2']",
+}
+
+
+@pytest.mark.parametrize("cell", NO_COMMA.values(), ids=list(NO_COMMA))
+@pytest.mark.parametrize("column", data.LIST_COLUMNS)
+def test_entries_without_a_comma_are_refused_with_the_cell_and_the_cure(folder, column, cell):
+    path = toy.write_csv(
+        folder / "toy.csv", [toy.csv_row("ann", "01", "2"), {**toy.csv_row("ann", "01", "2"), column: cell}]
+    )
+    message = one_error(read_rows, path, catalogue_of(folder))
+    assert re.search(rf":\d: column '{column}' is not a list literal \(no comma between \S+ and \S+\)", message)
+    assert repr(" ".join(cell.split())) in message
+    assert {"history_item_id": "[0, 1]", "history_item_sid": "['<a_0><b_0><c_0>', "}.get(column, "['Wood") in message
+    assert "tolist()" in message
+
+
+WRONG_ENTRIES = {
+    "a truth value": ("history_item_id", "[True, 1]", "is not a list literal"),
+    "a missing id": ("history_item_id", "[None, 1]", "has the entry None"),
+    "a NaN for an id": ("history_item_id", "[nan, 1]", "has the entry None"),
+    "half a number": ("history_item_id", "[5.5, 1]", "has 5.5 for an item id"),
+    "a number beyond what floats count": ("history_item_id", "[9007199254740993.0, 1]", "for an item id"),
+    "leading zeros": ("history_item_id", "[05, 1]", "is not a list literal"),
+    "a list in a list": ("history_item_id", "[[0], 1]", "is not a list literal"),
+    "a tuple": ("history_item_id", "(0, 1)", "is not a list literal"),
+    "a set": ("history_item_id", "{0, 1}", "is not a list literal"),
+    "a dict": ("history_item_id", "{'a': 0}", "is not a list literal"),
+    "bytes": ("history_item_id", "[b'0', b'1']", "is not a list literal"),
+    "an f-string": ("history_item_title", "[f'{1}', 'a']", "is not a list literal"),
+    "an array": ("history_item_title", "array(['a', 'b'], dtype=object)", "is not a list literal"),
+    "three dots": ("history_item_id", "[0, 1, ..., 2]", "numpy left entries out of it"),
+    "a number for a SID": ("history_item_sid", "[5, '<a_0>']", "has the entry 5"),
+    "no SID": ("history_item_sid", "[None, '<a_0>']", "has the entry None"),
+    "a SID as a list": ("history_item_sid", "[['<a_0>', '<b_0>', '<c_0>'], '<a_0>']", "is not a list literal"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ENTRIES)
+def test_an_entry_that_its_column_cannot_have_is_refused(folder, name):
+    column, cell, message = WRONG_ENTRIES[name]
+    path = toy.write_csv(
+        folder / "toy.csv", [toy.csv_row("ann", "01", "2"), {**toy.csv_row("ann", "01", "2"), column: cell}]
+    )
+    error = one_error(read_rows, path, catalogue_of(folder))
+    assert error.startswith(f"{path}:3: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("written", ["5.0", " 5", "5 ", "05", "'5'", "np.int64(5)", "np.float64(5.0)", "np.str_('5')"])
+def test_an_id_written_otherwise_than_in_the_index_is_read_where_one_item_can_be_meant(folder, caplog, written):
+    sids = {"5": ["<a_0>"], "7": ["<a_1>"]}
+    catalogue = read_catalogue(toy.write_index(folder, sids), None)
+    row = toy.csv_row("ann", ["5"], "7", sids)
+    rows = [{**row, "history_item_id": repr([written])}, {**toy.csv_row("bob", ["7"], "5", sids), "item_id": written}]
+    with caplog.at_level(logging.INFO, "sft.data"):
+        assert list(read_rows(toy.write_csv(folder / "toy.csv", rows), catalogue)) == [
+            Row("ann", (0,), 1),
+            Row("bob", (1,), 0),
+        ]
+    assert f"2 item ids are written otherwise than in the index and read as there ({written!r} as '5')" in caplog.text
+
+
+def test_the_text_of_an_id_decides_where_the_index_has_it_and_two_readings_are_refused(folder):
+    sids = {"5": ["<a_0>"], "5.0": ["<a_1>"], "05": ["<a_2>"], "x": ["<a_3>"]}
+    catalogue = read_catalogue(toy.write_index(folder, sids), None)
+    rows = [{**toy.csv_row("ann", [item], "x", sids), "history_item_id": repr([item])} for item in ("5", "5.0", "05")]
+    path = toy.write_csv(folder / "toy.csv", rows)
+    assert [row.history for row in read_rows(path, catalogue)] == [(0,), (1,), (2,)]
+    path = toy.write_csv(path, [*rows, {**rows[0], "history_item_id": "['005']"}])
+    message = one_error(read_rows, path, catalogue)
+    assert message.startswith(f"{path}:5: has '005' for an item id, which may be '5' or '5.0' or '05' of the index")
+
+
+def test_ids_that_are_text_in_an_index_of_numbers_with_zeros_are_found(folder):
+    sids = {"0005": ["<a_0>"], "0007": ["<a_1>"]}
+    catalogue = read_catalogue(toy.write_index(folder, sids), None)
+    path = toy.write_csv(folder / "toy.csv", [{**toy.csv_row("ann", ["0005"], "0007", sids), "item_id": "7"}])
+    assert list(read_rows(path, catalogue)) == [Row("ann", (0,), 1)]
+
+
+def test_a_preference_file_may_write_ids_otherwise_too(folder):
+    path = toy.write_json(
+        folder / "toy.preferences.json",
+        [{**PREFERENCES[0], "context": {"history_items": [0.0, "01"], "target_item": " 2"}}],
+    )
+    assert list(read_preferences(path, catalogue_of(folder), "train")) == [Row("ann", (0, 1), 2, PREFERENCE)]
+    toy.write_json(path, [{**PREFERENCES[0], "context": {"history_items": [0.5], "target_item": "2"}}])
+    assert f"{path}: entry 0 has 0.5 for an item id" in one_error(read_preferences, path, catalogue_of(folder), "train")
 
 
 def test_a_csv_that_contradicts_the_index_is_refused_with_its_line(folder):
@@ -619,7 +833,7 @@ def test_a_broken_index_is_one_line_that_names_the_file_and_what_was_expected(fo
 
 def test_a_broken_or_foreign_item_file_is_one_line(folder):
     path = folder / "toy.item.json"
-    for content in ("[]", '{"0": "Screws"}', '{"0": {"title": 5}}', '{"0": {}}'):
+    for content in ("[]", '{"0": "Screws"}', '{"0": null}', '{"0": {}}'):
         path.write_text(content)
         assert one_error(catalogue_of, folder).startswith(f"{path}: ")
     toy.write_items(folder, {"77": "Other"})
@@ -648,8 +862,9 @@ def test_a_preference_file_names_items_by_id_or_sid_and_is_split(folder, caplog)
     unknown = {**nothing, "user_preference": "x", "context": {"history_items": ["0", "?"], "target_item": "1"}}
     toy.write_json(path, [*PREFERENCES, nothing, unknown])
     with caplog.at_level(logging.INFO, "sft.data"):
-        assert len(list(read_preferences(path, catalogue, "train"))) == 2
+        assert len(list(read_preferences(path, catalogue, "train", max_left_out=0.5))) == 2
     assert "2 of 4 entries left out" in caplog.text
+    assert "2 of 4 rows would be left out" in one_error(read_preferences, path, catalogue, "train")
 
 
 def test_the_preference_is_answered_in_one_task_and_given_in_the_other(folder):
