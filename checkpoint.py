@@ -59,6 +59,47 @@ def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTok
     return tokenizer
 
 
+# What configurations call the number of positions that a model was made for.
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length")
+# Models whose first position stands behind the padding's row of the position table (fairseq's RoBERTa and its kin).
+POSITIONS_BEHIND_PAD = (
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+
+
+def model_positions(base_model: str, *, trust_remote_code: bool) -> int | None:
+    """How many tokens the model of a folder or hub name can tell the places of; None where nothing limits them.
+
+    A table of positions has no row behind its last; rotary positions beyond those of pretraining mean nothing to a model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--base_model {base_model}: has no config that loads ({error_text(error)[:200]})") from None
+    found = [value for name in POSITIONS if type(value := getattr(config, name, None)) is int and value > 0]
+    if found and config.model_type in POSITIONS_BEHIND_PAD:
+        return min(found) - (config.pad_token_id or 0) - 1
+    return min(found, default=None)
+
+
+def fit_cutoff(cutoff_len: int, positions: int | None) -> int:
+    """--cutoff_len, or the model's positions where they are fewer; says so."""
+    if positions is None or positions >= cutoff_len:
+        return cutoff_len
+    logger.info(
+        f"--cutoff_len {cutoff_len}: the model has {positions} positions, so examples have at most {positions} tokens"
+    )
+    return positions
+
+
 def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder or hub name in the dtype of its files, or with random weights of its shape."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -18,9 +18,10 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import PROMPTS_FILE, load_model, load_tokenizer
+from checkpoint import PROMPTS_FILE, fit_cutoff, load_model, load_tokenizer, model_positions
 from data import (
     DEFAULT_TASKS,
+    MAX_LEFT_OUT,
     TASK_GROUPS,
     TASKS,
     Catalogue,
@@ -51,6 +52,7 @@ FULL_LEARNING_RATE = 3e-4
 FREEZE_STEP = 0.1  # freeze mode's default learning rate, as a share of the embedding's spread: rows alone bear, and need,
 # larger steps than a whole model, and an AdamW step moves each number by about the learning rate
 EVAL_BEAMS = 20  # of the recommendations measured during training: HR@10 with twice as many beams
+STEPS_SHARE = 0.05  # of a run, between two evaluations and checkpoints: twenty of them
 BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
 
 
@@ -76,21 +78,41 @@ class TokenExtender:
 def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
     """Adds the tokens that the tokenizer lacks, as ordinary tokens that nothing normalizes; returns the ids it assigned.
 
-    Every token is one id afterwards: InputError otherwise, or where a SID token is a piece of text to the tokenizer.
+    Every token is one id afterwards: InputError otherwise, or where a SID token is a piece of text to the tokenizer or
+    has a role (it ends texts, pads, ...). Special tokens without a role are somebody's earlier SID tokens.
     """
     from tokenizers import AddedToken
 
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    special = set(tokenizer.all_special_tokens)
+    roles = {getattr(tokenizer, name) for name in ("bos_token", "eos_token", *tokenizer.SPECIAL_TOKENS_ATTRIBUTES)}
     for token in tokens:
-        if token in vocabulary and (token not in added or token in special):
+        if token in vocabulary and (token not in added or token in roles):
             raise InputError(f"SID token {token!r} already means something else to the tokenizer; rename it in the index")
     new = [token for token in tokens if token not in vocabulary]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
     for token in tokens:
         if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
             raise InputError(f"SID token {token!r} is not one id after it was added; rename it in the index")
+    tell_inherited(tokenizer, [token for token in tokens if token in added])
     return tokenizer.convert_tokens_to_ids(new)
+
+
+def tell_inherited(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
+    """Tells what is unusual about SID tokens that came with the base model: they stay as they are."""
+    settings = tokenizer.added_tokens_decoder
+    kinds = [
+        (token, settings[number]) for token, number in zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True)
+    ]
+    if special := [token for token, kind in kinds if kind.special]:
+        logger.info(
+            f"{len(special)} SID tokens are special tokens of the base model, like {special[0]}, and train as they are; "
+            "who decodes must keep special tokens"
+        )
+    if stripping := [token for token, kind in kinds if kind.lstrip or kind.rstrip]:
+        logger.info(
+            f"{len(stripping)} SID tokens of the base model, like {stripping[0]}, take the white space beside them (lstrip "
+            "or rstrip in its tokenizer.json): the model does not see the line ends there"
+        )
 
 
 def assert_sids_round_trip(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> None:
@@ -233,6 +255,7 @@ def train(
     eval_sample: int = -1,
     eval_recommendation: int = 0,
     metric_for_best_model: str = "eval_loss",
+    max_left_out: float = MAX_LEFT_OUT,
     cutoff_len: int = 512,
     freeze_LLM: bool = False,
     frozen_prefix: bool = True,
@@ -252,8 +275,8 @@ def train(
     seed: int = 42,
     bf16: bool | None = None,
     logging_steps: int = 10,
-    eval_steps: float = 0.05,
-    save_steps: float = 0.05,
+    eval_steps: float | None = None,
+    save_steps: float | None = None,
     early_stopping_patience: int = 3,
     resume_from_checkpoint: str = "",
     report_to: str = "none",
@@ -281,7 +304,8 @@ def train(
         eval_sample: random rows to evaluate on; -1 for all
         eval_recommendation: random rows of eval_file for which each evaluation measures HR@10 and NDCG@10; 0 for none
         metric_for_best_model: eval_loss, eval_hr@10 or eval_ndcg@10; decides the best checkpoint and early stopping
-        cutoff_len: tokens of the longest example; longer ones lose their oldest items, never template or answer
+        max_left_out: share of a file's rows that may be left out before the run stops; 1 allows any share
+        cutoff_len: tokens of the longest example, at most the model's positions; longer ones lose their oldest items alone
         freeze_LLM: train only the rows of the SID tokens, leave the language model as it is
         frozen_prefix: in freeze mode, compute what no SID can change once and without gradients; the same result, faster
         train_from_scratch: random weights of the base model's shape
@@ -300,8 +324,8 @@ def train(
         seed: decides shuffling, sampling and the first values of new rows
         bf16: default: on GPUs that have it; True or False decides
         logging_steps: steps between two lines of the log
-        eval_steps: steps between two evaluations; below 1 a share of the run
-        save_steps: steps between two checkpoints; below 1 a share of the run; a multiple of eval_steps
+        eval_steps: steps between two evaluations; below 1 a share of the run; default: save_steps, or else 0.05
+        save_steps: steps between two checkpoints, a multiple of eval_steps; default: eval_steps, or else 0.05
         early_stopping_patience: evaluations without a better one before the run stops; 0 never stops
         resume_from_checkpoint: a checkpoint folder, or True for the newest in output_dir
         report_to: none, wandb, tensorboard, ... (transformers' names)
@@ -326,6 +350,8 @@ def train(
 
     quiet_other_ranks()
     transformers.set_seed(flags.seed)
+    positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
+    flags.cutoff_len = fit_cutoff(flags.cutoff_len, positions)
     tokenizer = load_tokenizer(flags.base_model, trust_remote_code=flags.trust_remote_code)
     known_tokens = len(tokenizer)
     tokens = token_extender(flags.sid_index_path).get_new_tokens()
@@ -339,8 +365,14 @@ def train(
     logger.info(f"Adding {len(new_ids)} new tokens to tokenizer")
     if len(new_ids) < len(tokens):
         logger.info(f"{len(tokens) - len(new_ids)} of {len(tokens)} SID tokens were there already and keep their rows")
-    grow_embeddings(model, len(tokenizer))
-    init_rows(model, new_ids, known_tokens, flags.seed)
+    had_rows = len(model.get_input_embeddings().weight)
+    known_tokens = min(known_tokens, had_rows)
+    if rowless := [i for i in tokenizer.convert_tokens_to_ids(tokens) if i >= had_rows and i not in set(new_ids)]:
+        logger.info(
+            f"{len(rowless)} SID tokens were in the tokenizer, but the model has no rows for them: they get new ones"
+        )
+    grow_embeddings(model, max(tokenizer.get_vocab().values()) + 1)
+    init_rows(model, new_ids + rowless, known_tokens, flags.seed)
     model.to(args.device, compute_dtype(flags, base_dtype))  # before the rows are copied, which stay beside it
     rows = freeze_llm(model, tokenizer, tokens) if flags.freeze_LLM else None
     if rows is None:
@@ -349,6 +381,7 @@ def train(
     elif flags.learning_rate is None:
         args.learning_rate = rows_learning_rate(model, known_tokens)
     flags.learning_rate = args.learning_rate  # what was left out is known by now, and the model card names it
+    evaluator = recommendation_evaluator(flags, catalogue, wording, tokenizer, positions)
     if flags.check:
         show_examples(train_data, tokenizer)
         logger.info("--check: everything was read and nothing was trained")
@@ -368,7 +401,7 @@ def train(
         frozen_prefix=flags.frozen_prefix,
         cache_bytes=int(flags.prefix_cache_gb * 1e9),
         cache_place=flags.prefix_cache_in,
-        evaluator=recommendation_evaluator(flags, catalogue, wording, tokenizer),
+        evaluator=evaluator,
         callbacks=early_stopping(flags, eval_data),
     )
     trainer.train(resume_from_checkpoint=resume_point(flags))
@@ -399,7 +432,7 @@ def check_rows(flags: types.SimpleNamespace, catalogue: Catalogue) -> None:
     """Reads the first row of each CSV, so that a wrong file is told before anything heavy is loaded."""
     for path in (flags.train_file, flags.eval_file):
         if path:
-            with contextlib.closing(read_rows(Path(path), catalogue)) as rows:
+            with contextlib.closing(read_rows(Path(path), catalogue, max_left_out=flags.max_left_out)) as rows:
                 next(rows, None)
 
 
@@ -414,6 +447,7 @@ def datasets_of(
         "tokenizer": tokenizer,
         "cutoff_len": flags.cutoff_len,
         "seed": flags.seed,
+        "max_left_out": flags.max_left_out,
         "cache_dir": Path(flags.cache_dir or "~/.cache/sid-sft").expanduser(),
         "num_proc": flags.num_proc,
     }
@@ -441,12 +475,22 @@ def show_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def recommendation_evaluator(
-    flags: types.SimpleNamespace, catalogue: Catalogue, wording: dict[str, str], tokenizer: PreTrainedTokenizerBase
+    flags: types.SimpleNamespace,
+    catalogue: Catalogue,
+    wording: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
 ) -> Evaluator | None:
-    """What measures recommendations at each evaluation, on a sample of the evaluation rows; None where not asked for."""
+    """What measures recommendations at each evaluation, on a sample of the evaluation rows; None where not asked for.
+
+    A beam may write the deepest SID where the truth, which the cutoff counts, is the shortest: positions are kept for it.
+    """
     if not flags.eval_recommendation:
         return None
-    rows = sampled(list(read_rows(Path(flags.eval_file), catalogue)), flags.eval_recommendation, flags.seed)
+    rows = list(read_rows(Path(flags.eval_file), catalogue, max_left_out=flags.max_left_out))
+    rows = sampled(rows, flags.eval_recommendation, flags.seed)
+    depths = [len(item.sid) for item in catalogue.items]
+    room = math.inf if positions is None else positions - (max(depths) - min(depths))
     return Evaluator(
         tokenizer,
         catalogue,
@@ -455,7 +499,7 @@ def recommendation_evaluator(
         task=next(task for task in RECOMMENDING_TASKS if task in flags.tasks.split(",")),
         num_beams=EVAL_BEAMS,
         batch_size=flags.micro_batch_size,
-        cutoff_len=flags.cutoff_len,
+        cutoff_len=min(flags.cutoff_len, room),
     )
 
 
@@ -589,11 +633,20 @@ def check_flags(values: dict[str, Any]) -> types.SimpleNamespace:
     """The flags with the types of train()'s signature, checked one by one and against each other, before anything loads."""
     flags = typed_flags(train, values)
     flags.tasks = ",".join(name.strip() for name in flags.tasks.split(",") if name.strip())
+    set_intervals(flags)
     check_ranges(flags)
     check_tasks(flags)
     check_paths(flags)
     check_distribution(flags)
     return flags
+
+
+def set_intervals(flags: types.SimpleNamespace) -> None:
+    """Evaluating and saving go together: where one of the two is named, the other follows it (if there is evaluation)."""
+    named = [steps for steps in (flags.eval_steps, flags.save_steps) if steps is not None and flags.eval_file]
+    for name in ("eval_steps", "save_steps"):
+        if getattr(flags, name) is None:
+            setattr(flags, name, named[0] if named else STEPS_SHARE)
 
 
 def check_ranges(flags: types.SimpleNamespace) -> None:
@@ -613,6 +666,7 @@ def check_ranges(flags: types.SimpleNamespace) -> None:
         "seed": 0,
         "prefix_cache_gb": 0,
         "num_proc": 1,
+        "max_left_out": 0,
     }
     above = ("num_epochs", "learning_rate", "eval_steps", "save_steps")
     for name, least in limits.items():
@@ -623,14 +677,17 @@ def check_ranges(flags: types.SimpleNamespace) -> None:
         value = getattr(flags, name)
         if value == 0 or value < -1:
             raise InputError(f"sft.py: --{name} {value} must be positive, or -1 for no limit")
+    if flags.max_left_out > 1:
+        raise InputError(f"sft.py: --max_left_out {flags.max_left_out:g} must be a share of the rows, from 0 to 1")
     for name in ("eval_steps", "save_steps"):
         value = getattr(flags, name)
         if value > 1 and value != int(value):
             raise InputError(f"sft.py: --{name} {value:g} must be a whole number of steps, or a share of the run below 1")
-    if flags.eval_file and not math.isclose(ratio := flags.save_steps / flags.eval_steps, max(1, round(ratio))):
+    ratio, both_shares_or_none = flags.save_steps / flags.eval_steps, (flags.save_steps < 1) == (flags.eval_steps < 1)
+    if flags.eval_file and not (both_shares_or_none and math.isclose(ratio, max(1, round(ratio)))):
         raise InputError(
             f"sft.py: --save_steps {flags.save_steps:g} is no multiple of --eval_steps {flags.eval_steps:g}; "
-            "the best checkpoint must have been both evaluated and saved"
+            "the best checkpoint must have been both evaluated and saved; leave one of the two out and it follows the other"
         )
     if flags.batch_size % (flags.micro_batch_size * world_size()):
         raise InputError(

@@ -59,8 +59,8 @@ knob output_dir "${OUTPUT_DIR:-output/$NAME}" "$@"
 knob category "$CATEGORY" "$@"
 knob batch_size "$BATCH_SIZE" "$@"
 knob micro_batch_size "$MICRO_BATCH_SIZE" "$@"
-for flag in tasks prompts preference_file sample eval_sample eval_recommendation metric_for_best_model cutoff_len \
-  freeze_LLM frozen_prefix train_from_scratch \
+for flag in tasks prompts preference_file sample eval_sample eval_recommendation metric_for_best_model max_left_out \
+  cutoff_len freeze_LLM frozen_prefix train_from_scratch \
   num_epochs max_steps learning_rate weight_decay lr_scheduler_type warmup_steps group_by_length group_users \
   prefix_cache_gb prefix_cache_in seed bf16 logging_steps eval_steps save_steps early_stopping_patience \
   resume_from_checkpoint report_to wandb_project wandb_run_name trust_remote_code cache_dir num_proc check; do
