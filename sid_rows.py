@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from architecture import tables_of
 from data import InputError
 
 ROWS_FILE = "sid_rows.safetensors"
@@ -37,15 +38,6 @@ class Table(NamedTuple):
     name: str
     weight: nn.Parameter
     master: nn.Parameter
-
-
-def tables_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The matrices with a row per token: the input embedding, and the output head where it has a matrix of its own."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tables = {"embedding": embedding}
-    if head is not None and head.weight is not embedding:
-        tables["head"] = head.weight
-    return tables
 
 
 class SidRows:
