@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from frozen_prefix import LARGE_ROOM, KnownKeys, Past, known_tokens
-from plain_forward import finish_logits
-from token_trees import additive_masks, common_prefix, pad, sliding_window
+from architecture import KnownKeys, Past, appended, finish_logits, known_tokens, sliding_window
+from frozen_prefix import LARGE_ROOM
+from token_trees import additive_masks, common_prefix, pad
 
 CACHED_LOGITS = 1_000_000  # logits held at a time on a CPU, in values: 4 MB stay in its cache
 SLACK = 1e-3  # of a score: what rounding may add to it when the same logit comes out of two matrix products
@@ -130,7 +130,7 @@ class SharedPromptDecoder:
 
     def __init__(self, model: PreTrainedModel, template: np.ndarray) -> None:
         self.model, self.template, self.window = model, template, sliding_window(model)
-        self.past: Past = []
+        self.past: Past = {}
         if len(template):
             tokens = torch.from_numpy(template.astype(np.int64)).to(model.device)[None]
             places = torch.arange(len(template), device=model.device)[None]
@@ -139,7 +139,7 @@ class SharedPromptDecoder:
 
     def begin(self, prompts: list[np.ndarray]) -> Tensor:
         device, known = self.model.device, len(self.template)
-        self.past = [list(pieces) for pieces in self.template_past]
+        self.past = self.template_past
         own = [prompt[known:] for prompt in prompts]
         lengths = torch.tensor([len(tokens) for tokens in own], device=device)
         tokens = torch.from_numpy(pad(own)).to(device)
@@ -176,8 +176,7 @@ class SharedPromptDecoder:
             past_key_values=cache,
             use_cache=True,
         )
-        new = [cache.new[layer] for layer in sorted(cache.new)]
-        self.past = [[*pieces, piece] for pieces, piece in zip(self.past or [[]] * len(new), new, strict=True)]
+        self.past = appended(self.past, cache.new)
         assert known_tokens(self.past) == key_positions.shape[1]
         return output.last_hidden_state
 

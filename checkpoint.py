@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from data import PROMPTS, TASKS, InputError, check_template, error_text, read_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("sft.checkpoint")
@@ -101,7 +103,10 @@ def fit_cutoff(cutoff_len: int, positions: int | None) -> int:
 
 
 def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a folder or hub name in the dtype of its files, or with random weights of its shape."""
+    """The model of a folder or hub name in the dtype of its files, or with random weights of its shape.
+
+    InputError where the files lack a weight, which would be random, or hold one that the model has no place for.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -109,9 +114,35 @@ def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code
             config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return model.to(config.dtype or model.dtype)
-        return AutoModelForCausalLM.from_pretrained(base_model, dtype="auto", trust_remote_code=trust_remote_code)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base_model,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})") from None
+    check_weights(base_model, found)
+    return model
+
+
+def check_weights(base_model: str, found: dict[str, Iterable]) -> None:
+    """Refuses files that are not all of the model and nothing but the model. found: what transformers tells of a loading."""
+    faults = {
+        "missing_keys": "its files lack {count}, which would be random: {names}",
+        "mismatched_keys": "its files hold {count} of another shape than its config.json says: {names}",
+        "unexpected_keys": "its files hold {count} that the model has no place for: {names}",
+    }
+    for key, fault in faults.items():
+        names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found[key])
+        if names:
+            count = f"{len(names)} weight{'s' * (len(names) > 1)}"
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise InputError(
+                f"--base_model {base_model}: {fault.format(count=count, names=shown)}; expected a whole causal language "
+                "model, as its own save_pretrained writes it"
+            )
 
 
 def check_base_model(base_model: str) -> None:

@@ -193,8 +193,8 @@ class Evaluator:
     def why_not_shared(self, model: PreTrainedModel) -> str:
         import torch
 
+        from architecture import why_not_exact
         from beam_search import SharedPromptDecoder, WholeSequenceDecoder, build_trie, search
-        from frozen_prefix import why_not_exact
 
         if reason := why_not_exact(model):
             return reason

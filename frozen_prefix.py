@@ -23,7 +23,6 @@ and values, N nodes of a tree.
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from collections import defaultdict
@@ -37,12 +36,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
+from architecture import (
+    KeyLayout,
+    KnownKeys,
+    Pair,
+    Past,
+    appended,
+    embedding_scale,
+    finish_logits,
+    known_tokens,
+    sliding_window,
+)
 from data import TASKS, InputError
-from plain_forward import Examples, Part, PlainForward, finish_logits
+from plain_forward import Examples, Part
 from sid_rows import SidRows
-from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, pad, sliding_window, to_device
+from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, to_device
 
 TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 
@@ -136,46 +145,17 @@ class FrozenLogSumExp(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------- keys and values
 
 
-Past = list[list[tuple[Tensor, Tensor]]]  # per layer, pieces of keys and values, each (1 or B, heads, P, head size)
-
-
 class PrefixKeys(NamedTuple):
-    """Keys and values of own prefixes. keys (K, layers, 2, heads, head size); rows: example -> the rows of its tokens."""
+    """Keys and values of own prefixes. keys (K, width of a KeyLayout); rows: example -> the rows of its tokens."""
 
     keys: Tensor
     rows: dict[int, np.ndarray]
 
 
-class KnownKeys(Cache):
-    """A cache whose past is given per layer as pieces, each (1 or B, heads, P, head size); keeps the new part if asked."""
-
-    def __init__(self, past: Past, *, keep: bool) -> None:
-        super().__init__(layers=[])
-        self.past, self.keep = past, keep
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if self.keep:
-            self.new[layer_idx] = (key_states, value_states)
-        batch = key_states.shape[0]
-        pieces = self.past[layer_idx] if self.past else []
-        past = [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in pieces]
-        keys, values = zip(*past, (key_states, value_states), strict=True)
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return known_tokens(self.past)
-
-
-def known_tokens(past: Past) -> int:
-    """How many tokens the pieces of a past hold together."""
-    return sum(keys.shape[2] for keys, _ in past[0]) if past else 0
-
-
 class Store:
     """Room for what is kept over the run, in bytes: on the model's device, in the host's memory, or mapped to files.
 
-    place: DEVICE, HOST, or a folder.
+    place: DEVICE, HOST, or a folder. What `take` gives holds anything at first; only rows that were written may be read.
     """
 
     def __init__(self, budget: int, device: torch.device, place: str | Path) -> None:
@@ -191,6 +171,8 @@ class Store:
             return None
         self.left -= size
         if self.place in (DEVICE, HOST) or not size:
+            # A row is written by the fill that owns its tree before any micro-batch of that tree reads it, and none reads
+            # another tree's (`fill`, `read_rows`). Zeros would cost a pass over all the memory at the start.
             return torch.empty(shape, dtype=dtype, device="cpu" if self.place == HOST else self.device)
         # A name of its own: other processes may keep things in the same folder. The disk is taken now, for a mapped page
         # without one behind it kills the process. The mapping outlives the name, so nothing is left behind whatever happens.
@@ -212,6 +194,7 @@ class Store:
         places = to_device(rows, kept.device)
         if kept.device == self.device or self.device.type != "cuda":
             return kept.index_select(0, places).to(self.device)
+        # index_select writes every element of it.
         pinned = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, pin_memory=True)
         return torch.index_select(kept, 0, places, out=pinned).to(self.device, non_blocking=True)
 
@@ -254,6 +237,7 @@ class FrozenPrefix:
         group_users: bool = False,
     ) -> None:
         self.model, self.rows, self.examples, self.group_users = model, rows, examples, group_users
+        self.micro_batch_size = micro_batch_size
         self.device, self.dtype = model.device, model.dtype
         self.room = SMALL_ROOM if self.device.type == "cpu" else LARGE_ROOM
         self.tail_tokens = max(LEAST_TAIL, micro_batch_size * self.room.tail)
@@ -267,7 +251,6 @@ class FrozenPrefix:
         self.row_of = torch.full((vocabulary,), -1, device=self.device)
         self.row_of[rows.ids] = torch.arange(len(rows.ids), device=self.device)
         self.window = sliding_window(model)
-        self.key_bytes = key_bytes(model)
 
         self.templates = self.find_templates()  # task -> tokens shared by all its examples
         self.template_len = np.array([len(self.templates.get(task, ())) for task in range(128)])[examples.task]
@@ -275,7 +258,8 @@ class FrozenPrefix:
         self.static_labels = np.maximum(0, self.static_end - examples.prompt_len + 1)
         self.own_len = self.static_end - self.template_len
         self.tail_len = examples.length - 1 - self.static_end
-        self.template_keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.template_keys: dict[int, dict[int, Pair]] = {}
+        self.key_layout = self.find_key_layout()
 
         self.trees: list[PrefixTree] = []
         self.tree_of, self.place_in_tree = self.plant_trees()
@@ -283,10 +267,14 @@ class FrozenPrefix:
         self.label_start = np.concatenate([[0], np.cumsum(self.static_labels)])
         self.kept_labels = self.make_label_store()
         self.key_start, self.kept_nodes = self.choose_kept_keys()
-        self.kept_keys: Tensor | None = None  # (kept nodes, layers, 2, heads, head size) from the first one on
+        self.kept_keys: Tensor | None = None  # (kept nodes, width of the key layout) from the first one on
         self.fills = self.plan_fills()
         self.fill_of = {number: place for place, fill in enumerate(self.fills) for number in fill}
         self.filled = np.zeros(len(self.fills), dtype=bool)
+
+    def for_evaluation(self, examples: Examples) -> FrozenPrefix:
+        """The same way over other examples, of which nothing is kept; a user's examples are trees, as no step cuts them."""
+        return FrozenPrefix(self.model, self.rows, examples, self.micro_batch_size, group_users=True)
 
     # ---- what is shared
 
@@ -331,17 +319,23 @@ class FrozenPrefix:
             size = grown
         yield part
 
-    def keys_of_template(self, task: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of a task's template, computed once."""
+    def find_key_layout(self) -> KeyLayout:
+        """How the model's keys and values lie in a row, as it shows with one token."""
+        tree = Tree(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), [np.zeros(1, dtype=np.int64)])
+        with torch.no_grad():
+            _, new = self.run_trees([tree], start=0, past={}, rows=None, keep=True)
+        return KeyLayout.of(new)
+
+    def template_past(self, task: int) -> Past:
+        """The past that a task's template is, computed once; empty where the template is."""
         if task not in self.template_keys:
             tokens = self.templates[task]
-            if not len(tokens):
-                self.template_keys[task] = []
-            else:
+            new: dict[int, Pair] = {}
+            if len(tokens):
                 tree = Tree(tokens, np.arange(len(tokens)), [np.arange(len(tokens))])
-                _, new = self.run_trees([tree], start=0, past=[], rows=None, keep=True)
-                self.template_keys[task] = [new[layer] for layer in sorted(new)]
-        return self.template_keys[task]
+                _, new = self.run_trees([tree], start=0, past={}, rows=None, keep=True)
+            self.template_keys[task] = new
+        return appended({}, self.template_keys[task])
 
     # ---- one call of the model
 
@@ -354,7 +348,7 @@ class FrozenPrefix:
         rows: Tensor | None,
         keep: bool,
         own_keys: list[OwnKeys] | None = None,
-    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, dict[int, Pair]]:
         """Hidden states (B, S, D) of trees whose first tokens stand at position `start`, and new keys and values if kept.
 
         past: per layer, pieces of keys and values before the trees; own_keys says how the last piece is read, where it is
@@ -395,6 +389,11 @@ class FrozenPrefix:
         ]
         return None if any(tensor is None for tensor in tensors) else Labels(*tensors)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's keys and values over all layers."""
+        return self.key_layout.width * self.dtype.itemsize
+
     def choose_kept_keys(self) -> tuple[dict[int, int], int]:
         """The trees whose keys and values have room in the store, those that tails will read, as far as it goes: number ->
         first row of `kept_keys`; and how many rows that will have.
@@ -407,7 +406,7 @@ class FrozenPrefix:
         if self.kept_labels is None:
             return start, nodes
         for number, (members, tree) in enumerate(self.trees):
-            if (self.tail_len[members] > 0).any() and self.store.has_room((nodes + len(tree.tokens)) * self.key_bytes):
+            if (self.tail_len[members] > 0).any() and self.store.has_room((nodes + len(tree.tokens)) * self.row_bytes):
                 start[number] = nodes
                 nodes += len(tree.tokens)
         return start, nodes
@@ -470,9 +469,9 @@ class FrozenPrefix:
             self.filled[number] = True
 
     def keep_keys(self, batch: list[PrefixTree], starts: list[int], new: Tensor) -> None:
-        """Puts new keys and values (B, S, layers, 2, heads, head size) of trees into the store, where they have a start."""
+        """Puts new keys and values (B, S, width) of trees into the store, where they have a start."""
         if self.kept_keys is None:
-            self.kept_keys = self.store.take((self.kept_nodes, *new.shape[2:]), new.dtype)
+            self.kept_keys = self.store.take((self.kept_nodes, new.shape[2]), new.dtype)
         for row, start, (_, tree) in zip(new, starts, batch, strict=True):
             if start >= 0:
                 self.kept_keys[start : start + len(tree.tokens)] = row[: len(tree.tokens)].to(self.kept_keys.device)
@@ -502,14 +501,12 @@ class FrozenPrefix:
         )
 
     def run_prefixes(self, batch: list[PrefixTree], *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (B, S, D) of trees of one task; if wanted, keys and values (B, S, layers, 2, heads, head size)."""
+        """Hidden states (B, S, D) of trees of one task; if wanted, their keys and values (B, S, width of the key layout)."""
         task = self.task_of(batch[0])
-        past = [[piece] for piece in self.keys_of_template(task)]
         trees = [tree for _, tree in batch]
+        past = self.template_past(task)
         hidden, new = self.run_trees(trees, start=len(self.templates[task]), past=past, rows=None, keep=keep)
-        if not keep:
-            return hidden, None
-        return hidden, torch.stack([torch.stack(new[layer]) for layer in sorted(new)]).permute(2, 4, 0, 1, 3, 5)
+        return hidden, self.key_layout.pack(new) if keep else None
 
     def split_batch(self, batch: list[PrefixTree]) -> Iterable[list[PrefixTree]]:
         """Cuts a batch of trees so that a part holds trees of similar size and no more than `static_tokens`."""
@@ -583,10 +580,9 @@ class FrozenPrefix:
                 places.append((len(trees), path[len(path) - (int(examples.length[i]) - 1 - first) :]))
                 targets.append(examples.ids(i)[first + 1 :])
             trees.append(tree)
-        past = [[piece] for piece in self.keys_of_template(task)]
+        past = self.template_past(task)
         if known is not None:
-            own = self.stack_keys(known.keys, pad(nodes))
-            past = [[*pieces, piece] for pieces, piece in zip(past or [[]] * len(own), own, strict=True)]
+            past = appended(past, self.key_layout.unpack(self.read_rows(known.keys, nodes)))
         hidden, _ = self.run_trees(
             trees, start=len(self.templates[task]), past=past, rows=rows, keep=False, own_keys=reads or None
         )
@@ -625,11 +621,15 @@ class FrozenPrefix:
             read[np.ix_(path, columns)] = True
         return nodes, OwnKeys(positions, read)
 
-    def stack_keys(self, keys: Tensor, rows: np.ndarray) -> list[tuple[Tensor, Tensor]]:
-        """The rows (B, P) of keys and values (K, layers, 2, heads, head size), per layer (B, heads, P, head size) each."""
-        stacked = self.store.read(keys, rows.ravel()).unflatten(0, rows.shape)
-        layers = stacked.permute(2, 3, 0, 4, 1, 5)  # (layers, 2, B, heads, P, head size)
-        return [(layer[0], layer[1]) for layer in layers]
+    def read_rows(self, kept: Tensor, rows: list[np.ndarray]) -> Tensor:
+        """Lists of rows of keys and values (K, width) as one (B, P, width).
+
+        A shorter list repeats its last row. No token reads what is repeated, but 0 x NaN is NaN, and another row may be one
+        that nobody has written yet.
+        """
+        size = max(map(len, rows))
+        places = np.stack([own[np.minimum(np.arange(size), len(own) - 1)] for own in rows])
+        return self.store.read(kept, places.ravel()).unflatten(0, places.shape)
 
     # ---- the interface of a forward
 
@@ -702,66 +702,3 @@ class FrozenPrefix:
         return (
             f"{template:.0f}% template, {own:.0f}% own prefix, {100 - template - own:.0f}% tail; {labels:.0f}% carry a label"
         )
-
-
-# ---------------------------------------------------------------------------------------------- which models
-
-
-def key_bytes(model: PreTrainedModel) -> int:
-    """Bytes of one token's keys and values over all layers (an upper bound where layers differ)."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
-
-
-def embedding_scale(model: PreTrainedModel) -> Tensor | None:
-    """The factor that some embedding modules apply to their rows, or None."""
-    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
-    if scale is None:
-        return None
-    weight = model.get_input_embeddings().weight
-    return torch.as_tensor(scale).to(weight)
-
-
-def why_not_exact(model: PreTrainedModel) -> str:
-    """Why the frozen prefix cannot be exact for an architecture, in words; "" where nothing speaks against it."""
-    config = model.config.get_text_config()
-    if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder"
-    if getattr(model, "_is_stateful", False):
-        return "it has recurrent layers"
-    if unknown := set(sliding_window(model).kinds) - {"full_attention", "sliding_attention"}:
-        return f"it has layers of {min(unknown)}"
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
-        return "its attention is bidirectional"
-    if getattr(config, "output_router_logits", False):
-        return "it adds a router loss"
-    for rope in rope_types(getattr(config, "rope_parameters", None)):
-        if rope in ("dynamic", "longrope"):
-            return f"its {rope} positions depend on the longest one"
-    accepted = inspect.signature(model.base_model.forward).parameters
-    if model.base_model is model or not {"inputs_embeds", "past_key_values", "position_ids"} <= accepted.keys():
-        return "its forward takes no embeddings, positions or known keys"
-    return ""
-
-
-def rope_types(parameters: dict | None) -> list[str]:
-    """The rope types in a config's rope_parameters, which may be given per kind of layer."""
-    if not parameters:
-        return []
-    if "rope_type" in parameters:
-        return [parameters["rope_type"]]
-    return [rope for value in parameters.values() if isinstance(value, dict) for rope in rope_types(value)]
-
-
-def disagreement(plain: PlainForward, frozen: FrozenPrefix) -> float:
-    """The relative difference of the two ways' losses over the two shortest examples of each task."""
-    examples, worst = plain.examples, 0.0
-    with torch.no_grad():
-        for task in np.unique(examples.task):
-            members = np.nonzero(examples.task == task)[0]
-            two = members[np.argsort(examples.length[members], kind="stable")[:2]]
-            expected, found = plain.nll(two).sum(), sum(frozen.nll(part.indices).sum() for part in frozen.cut(two))
-            worst = max(worst, float((found - expected).abs() / expected.abs()))
-    return worst

@@ -1,6 +1,7 @@
 """The plain way to the loss: whole sequences through the model, with gradients, logits only where a label stands.
 
-Full fine-tuning goes this way, and freeze mode where the frozen prefix is not wanted or not exact.
+Full fine-tuning goes this way, and freeze mode where the frozen prefix is not wanted or not exact. Where even this is not
+the model's own loss (a head of another make, say), OwnForward takes all logits from the model itself.
 
 Shapes: B examples, S tokens of a batch, D hidden size, V vocabulary.
 """
@@ -16,8 +17,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from architecture import finish_logits, own_logits, sliding_window
 from data import TASKS
-from token_trees import Tree, build_tree, group_by_user, lay_out, pad, sliding_window, to_device
+from token_trees import Tree, build_tree, group_by_user, lay_out, pad, to_device
 
 
 class Examples:
@@ -56,24 +58,11 @@ class Part(NamedTuple):
     owner: int | None
 
 
-def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
-    """What some architectures do to the head's output: a scale, then a soft-cap. In float32, as the loss wants them."""
-    config = model.config.get_text_config()
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if (scale := getattr(config, "logit_scale", None)) is not None:
-        logits = logits * scale
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        logits = logits / divisor
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits
-
-
 class PlainForward:
     """Whole sequences with gradients; logits only where a label stands.
 
     With `group_users` the examples of one user and task that fall into a step are one tree, in which what they share is run
-    once (only for models in which a tree is exact: see frozen_prefix.why_not_exact).
+    once (only for models in which a tree is exact: see architecture.why_not_exact).
     """
 
     def __init__(
@@ -89,6 +78,10 @@ class PlainForward:
         ordered = indices[np.argsort(self.examples.length[indices], kind="stable")]
         parts = [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
         return [Part(part, float(len(part) * self.examples.length[part].max()), None) for part in parts]
+
+    def for_evaluation(self, examples: Examples) -> PlainForward:
+        """The same way over other examples, none of them in trees."""
+        return PlainForward(self.model, examples, self.micro_batch_size)
 
     def tree_parts(self, indices: np.ndarray) -> list[Part]:
         """The examples of a step in users' trees, cut so that a micro-batch has no more tokens than one of long examples."""
@@ -127,8 +120,7 @@ class PlainForward:
                 tasks.append(np.full(len(path) - first, self.examples.task[i], dtype=np.int64))
         place, target, task = (to_device(np.concatenate(part), hidden.device) for part in (places, targets, tasks))
         logits = finish_logits(self.model, self.model.get_output_embeddings()(hidden[place]))
-        losses = F.cross_entropy(logits, target, reduction="none")
-        return losses.new_zeros(len(TASKS)).index_add(0, task, losses)
+        return nll_per_task(logits, target, task)
 
     def hidden(self, trees: list[Tree]) -> Tensor:
         """The last hidden states (B, S, D) of a batch of trees."""
@@ -144,3 +136,44 @@ class PlainForward:
             position_ids=to_device(layout.positions, device),
             use_cache=False,
         ).last_hidden_state
+
+
+class OwnForward:
+    """The loss of the model's own forward: slow, and right for every causal model.
+
+    Sequences of one length at a time, so nothing is padded and no mask is needed: how a model treats those is its own
+    affair. `alone`: one sequence at a time, for a model whose numbers depend on what stands beside it in a batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, examples: Examples, micro_batch_size: int, *, alone: bool = False) -> None:
+        self.model, self.examples, self.alone = model, examples, alone
+        self.micro_batch_size = 1 if alone else micro_batch_size
+
+    def for_evaluation(self, examples: Examples) -> OwnForward:
+        """The same way over other examples."""
+        return OwnForward(self.model, examples, self.micro_batch_size, alone=self.alone)
+
+    def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
+        """The examples of a step as micro-batches of equal lengths."""
+        lengths = self.examples.length[indices]
+        parts = []
+        for length in np.unique(lengths):
+            same = indices[lengths == length]
+            parts += [same[i : i + self.micro_batch_size] for i in range(0, len(same), self.micro_batch_size)]
+        return [Part(part, float(self.examples.length[part].sum()), None) for part in parts]
+
+    def nll(self, indices: np.ndarray) -> Tensor:
+        """Sums of -log p over the labels of examples of one length, per task (len(TASKS),)."""
+        ids = to_device(np.stack([self.examples.ids(i) for i in indices]).astype(np.int64), self.model.device)
+        first = to_device(self.examples.prompt_len[indices].astype(np.int64), ids.device) - 1  # predicts the first label
+        labelled = torch.arange(ids.shape[1] - 1, device=ids.device) >= first[:, None]
+        logits = own_logits(self.model, ids[:, :-1])[labelled]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        task = to_device(self.examples.task[indices].astype(np.int64), ids.device)
+        return nll_per_task(logits, ids[:, 1:][labelled], task[:, None].expand_as(labelled)[labelled])
+
+
+def nll_per_task(logits: Tensor, target: Tensor, task: Tensor) -> Tensor:
+    """Sums of -log p of the targets (n,) under logits (n, V), per task (len(TASKS),); task: (n,)."""
+    losses = F.cross_entropy(logits, target, reduction="none")
+    return losses.new_zeros(len(TASKS)).index_add(0, task, losses)

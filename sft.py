@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 import types
-import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +126,21 @@ def assert_sids_round_trip(tokenizer: PreTrainedTokenizerBase, catalogue: Catalo
 
 
 def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
-    """Gives the model a row for each token. Never shrinks: many models have more rows than their tokenizer has tokens."""
-    if vocab_size > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    """Gives the model a row for each token. Never shrinks: many models have more rows than their tokenizer has tokens.
+
+    InputError where a further matrix grows with the vocabulary, of whose rows freeze mode would know nothing.
+    """
+    from sid_rows import tables_of
+
+    before = {name: len(weight) for name, weight in model.named_parameters() if weight.dim()}
+    rows = [len(weight) for weight in tables_of(model).values()]
+    if vocab_size <= min(rows):
+        return
+    model.resize_token_embeddings(max(vocab_size, *rows), mean_resizing=False)
+    known = {id(weight) for weight in tables_of(model).values()}
+    for name, weight in model.named_parameters():
+        if id(weight) not in known and weight.dim() == 2 and len(weight) > before[name]:
+            raise InputError(f"--base_model: {type(model).__name__} has a further matrix with a row per token ({name})")
 
 
 def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> None:
@@ -226,14 +238,24 @@ def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
 # ---------------------------------------------------------------------------------------------- loading and saving
 
 
-def save_folder(folder: Path, write: typing.Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder under a temporary name, then puts it in the place of the old one."""
-    scratch = folder.with_name(folder.name + ".tmp")
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder under a temporary name to write into, which takes the old one's place when all went well.
+
+    The old one is renamed first and deleted last, so one of the two is there whenever the process is killed.
+    """
+    scratch, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    write(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(scratch, folder)
+    try:
+        yield scratch
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(scratch, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------- the program
@@ -589,41 +611,74 @@ def save_final(
 ) -> None:
     """Writes output_dir/final_checkpoint: a plain HF folder in the base model's dtype, with the wording beside it.
 
-    A frozen model is proven first: the base is loaded again, compared value by value, and only its SID rows are set.
+    Nothing unproven is left there: the base that a frozen model came from is loaded again and compared value by value, only
+    its SID rows are set, and the folder is loaded once more and compared with the trained model.
     """
-    from sid_rows import ROWS_FILE, base_hash, frozen_values_changed, tables_of
+    from sid_rows import ROWS_FILE
 
     folder = Path(flags.output_dir) / "final_checkpoint"
-    if rows is None:
-        final = model.to(base_dtype)
-    else:
-        final = load_model(flags.base_model, from_scratch=False, trust_remote_code=flags.trust_remote_code)
-        changed = frozen_values_changed(model, final, rows.ids)
-        logger.info(f"frozen values changed: {changed}")
-        if changed:
-            raise RuntimeError(f"{changed} frozen values changed in training; no final_checkpoint was written")
-        digest = base_hash(final, int(rows.ids[0]))
-        known = final.get_input_embeddings().weight.shape[0]
-        grow_embeddings(final, len(tokenizer))
-        trained = tables_of(model)
-        for name, weight in tables_of(final).items():
-            weight.data[known:] = trained[name].data[known:].to(weight)
-        for name, _, master in rows.tables:
-            weight = tables_of(final)[name]
-            weight.data[rows.ids.cpu()] = master.data.to(weight)
-
-    def write(scratch: Path) -> None:
-        final.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        if rows is not None:
+    trained = rows.masters if rows else model.parameters()
+    if not all(bool(values.isfinite().all()) for values in trained):
+        raise InputError(
+            "training ended with values that are no numbers, so no final_checkpoint was written; try a lower --learning_rate"
+        )
+    with whole_folder(folder) as scratch:
+        if rows is None:
+            final = model.to(base_dtype)
+        else:
+            final, digest = base_with_rows(flags, model, tokenizer, rows)
             rows.save(scratch / ROWS_FILE, digest)
+        final.config.pad_token_id = tokenizer.pad_token_id
+        final.save_pretrained(scratch)
+        del final
+        tokenizer.save_pretrained(scratch)
         content = {"category": category_name(flags.category), "tasks": flags.tasks.split(","), "prompts": wording}
         (scratch / PROMPTS_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False))
         (scratch / "README.md").write_text(card, encoding="utf-8")
-
-    final.config.pad_token_id = tokenizer.pad_token_id
-    save_folder(folder, write)
+        check_saved(scratch, model, rows, trust_remote_code=flags.trust_remote_code)
     logger.info(f"Saved the model and tokenizer to {folder}")
+
+
+def base_with_rows(
+    flags: types.SimpleNamespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: SidRows
+) -> tuple[PreTrainedModel, str]:
+    """The base model, loaded again, with the trained SID rows, and its hash before; proves that no frozen value moved."""
+    from sid_rows import base_hash, differing_values, tables_of
+
+    base = load_model(flags.base_model, from_scratch=False, trust_remote_code=flags.trust_remote_code)
+    changed = sum(differing_values(model, base, rows.ids).values())
+    logger.info(f"frozen values changed: {changed}")
+    if changed:
+        raise InputError(f"{changed} frozen values changed in training; no final_checkpoint was written")
+    digest = base_hash(base, int(rows.ids[0]))
+    sizes = {name: len(weight) for name, weight in tables_of(base).items()}
+    grow_embeddings(base, len(tokenizer))
+    trained, tables = tables_of(model), tables_of(base)
+    for name, size in sizes.items():
+        tables[name].data[size:] = trained[name].data[size:].to(tables[name])
+    for name, _, master in rows.tables:
+        tables[name].data[rows.ids.cpu()] = master.data.to(tables[name])
+    return base, digest
+
+
+def check_saved(folder: Path, model: PreTrainedModel, rows: SidRows | None, *, trust_remote_code: bool) -> None:
+    """InputError unless a saved folder, loaded again, holds the trained model's values, and the SID rows' masters."""
+    import torch
+
+    from sid_rows import differing_values, tables_of
+
+    saved = load_model(str(folder), trust_remote_code=trust_remote_code)
+    found = differing_values(model, saved, rows.ids if rows else None)
+    for name, _, master in rows.tables if rows else ():
+        weight = tables_of(saved)[name].detach()
+        if not torch.equal(weight[rows.ids.cpu()], master.detach().to(weight)):
+            found[name] = len(rows.ids)
+    if found:
+        name, count = next(iter(found.items()))
+        raise InputError(
+            f"the saved model is not the trained one ({count:,} values of {name} differ after loading), so no "
+            f"final_checkpoint was written; transformers does not save {type(model).__name__} whole"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- flags

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from architecture import tables_of
 from data import InputError
 
 ROWS_FILE = "sid_rows.safetensors"
@@ -37,15 +38,6 @@ class Table(NamedTuple):
     name: str
     weight: nn.Parameter
     master: nn.Parameter
-
-
-def tables_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The matrices with a row per token: the input embedding, and the output head where it has a matrix of its own."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tables = {"embedding": embedding}
-    if head is not None and head.weight is not embedding:
-        tables["head"] = head.weight
-    return tables
 
 
 class SidRows:
@@ -198,14 +190,22 @@ def base_hash(model: PreTrainedModel, first_row: int) -> str:
 
 
 @torch.no_grad()
-def frozen_values_changed(model: PreTrainedModel, base: PreTrainedModel, ids: Tensor) -> int:
-    """How many values of the base model differ in the trained one, its SID rows aside; 0 if freezing worked."""
-    tables = {id(weight) for weight in tables_of(model).values()}
-    before, changed = dict(base.named_parameters()), 0
-    for name, weight in model.named_parameters():
-        old = before[name].to(weight)
-        differs = weight[: len(old)] != old
-        if id(weight) in tables:
+def differing_values(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor | None = None) -> dict[str, int]:
+    """How many values of each tensor of `other` differ in the model: {} if none does; two that are no numbers are alike.
+
+    ids: rows of the tables that are left out. Rows that only the model has count as little.
+    """
+    tables = {weight.data_ptr() for weight in tables_of(model).values()} if ids is not None else set()
+    values, found, seen = model.state_dict(), {}, set()
+    for name, old in other.state_dict().items():
+        if old.data_ptr() in seen:  # tied: a second name of the same values
+            continue
+        seen.add(old.data_ptr())
+        new = values[name][: len(old)] if old.dim() else values[name]
+        old = old.to(new)
+        differs = (new != old) & ~(new.isnan() & old.isnan())
+        if values[name].data_ptr() in tables:
             differs[ids[ids < len(old)].to(differs.device)] = False
-        changed += int(differs.sum())
-    return changed
+        if count := int(differs.sum()):
+            found[name] = count
+    return found

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+
+from architecture import Window
 
 if TYPE_CHECKING:
     from plain_forward import Examples
@@ -89,20 +90,6 @@ def group_by_user(examples: Examples, indices: np.ndarray, key: np.ndarray) -> l
 
 
 # ---------------------------------------------------------------------------------------------- trees as a batch
-
-
-class Window(NamedTuple):
-    """The kinds of attention layers of a model, and the size in tokens of its sliding window."""
-
-    kinds: list[str]
-    size: int
-
-
-def sliding_window(model: PreTrainedModel) -> Window:
-    config = model.config.get_text_config()
-    size = getattr(config, "sliding_window", None)
-    kinds = sorted(set(getattr(config, "layer_types", None) or ["sliding_attention" if size else "full_attention"]))
-    return Window(kinds, size or 0)
 
 
 class OwnKeys(NamedTuple):

@@ -22,16 +22,15 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
+from choose_forward import Forward, choose_forward
 from data import TASKS, InputError
 from evaluate import Evaluator
-from frozen_prefix import FrozenPrefix, disagreement, why_not_exact
-from plain_forward import Examples, Part, PlainForward
+from plain_forward import Examples, Part
 from sid_rows import ROWS_FILE, SidRowAdamW, SidRows
 
 logger = logging.getLogger("sft.trainer")
 
 LENGTH_POOL = 50  # steps whose examples are sorted together under group_by_length, as HF's own sampler has it
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2}  # of the loss, when the two forwards are compared at the start
 
 
 class StepSampler:
@@ -143,43 +142,23 @@ class SidTrainer(Trainer):
             group_by_length=group_by_length,
             group_users=group_users,
         )
-        options = {"cache_bytes": cache_bytes, "cache_place": cache_place, "group_users": group_users}
-        self.forward = self.choose_forward(examples, frozen_prefix=frozen_prefix and rows is not None, options=options)
+        self.forward = choose_forward(
+            self.model,
+            rows,
+            examples,
+            micro_batch_size,
+            frozen_prefix=frozen_prefix,
+            cache_bytes=cache_bytes,
+            cache_place=cache_place,
+            group_users=group_users,
+        )
         self.eval_forward = None
         if self.eval_dataset is not None:
-            evaluated = Examples(self.eval_dataset)
-            if isinstance(self.forward, FrozenPrefix):
-                self.eval_forward = FrozenPrefix(self.model, rows, evaluated, micro_batch_size, group_users=True)
-            else:
-                self.eval_forward = PlainForward(self.model, evaluated, micro_batch_size)
+            self.eval_forward = self.forward.for_evaluation(Examples(self.eval_dataset))
         self.evaluator = evaluator
         self.reset_task_sums()
         self.tokens_seen, self.train_s = 0, 0.0
         self.logged_tokens, self.logged_train_s = 0, 0.0
-
-    # ---- the forward
-
-    def choose_forward(self, examples: Examples, *, frozen_prefix: bool, options: dict) -> PlainForward | FrozenPrefix:
-        """The frozen prefix where it is wanted and gives the plain way's loss, else the plain way with one log line."""
-        reason = why_not_exact(self.model)
-        grouped = options["group_users"] and not reason
-        plain = PlainForward(self.model, examples, self.micro_batch_size, group_users=grouped)
-        if options["group_users"] and reason:
-            logger.info(f"--group_users: a user's examples share no work in this model ({reason})")
-        if not frozen_prefix:
-            return plain
-        self.model.eval()
-        if not reason:
-            frozen = FrozenPrefix(self.model, self.rows, examples, self.micro_batch_size, **options)
-            difference = disagreement(plain, frozen)
-            if difference <= TOLERANCE.get(self.model.dtype, 1e-4):
-                logger.info(
-                    f"Frozen prefix: {frozen.shares()}; loss equal to the plain way's to {difference:.0e} on a trial batch"
-                )
-                return frozen
-            reason = f"its loss differs by {difference:.0e} from the plain way's"
-        logger.info(f"Frozen prefix: not for this model ({reason}); training goes the plain way")
-        return plain
 
     # ---- one step
 
@@ -209,7 +188,7 @@ class SidTrainer(Trainer):
         self.train_s += time.monotonic() - started
         return total / labels * self.args.world_size
 
-    def own_share(self, forward: PlainForward | FrozenPrefix, indices: np.ndarray) -> list[np.ndarray]:
+    def own_share(self, forward: Forward, indices: np.ndarray) -> list[np.ndarray]:
         """This process's micro-batches of the examples."""
         return deal(forward.cut(indices, self.args.world_size), self.args.world_size)[self.args.process_index]
 

@@ -8,6 +8,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No number may depend on memory that nobody wrote: here and in every process that a test starts, such memory is NaN.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [os.path.join(os.path.dirname(__file__), "unwritten_memory"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 import subprocess
 import sys
@@ -25,6 +29,8 @@ import sft
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True, warn_only=True)
+assert torch.utils.deterministic.fill_uninitialized_memory
 transformers.logging.set_verbosity_error()
 
 SIZES = {

@@ -13,8 +13,10 @@ from datasets import Dataset
 
 import data
 import sft
+from architecture import why_not_exact
+from choose_forward import disagreement, make_trial
 from data import TASKS, InputError
-from frozen_prefix import FrozenHead, FrozenLogSumExp, FrozenPrefix, Store, disagreement, why_not_exact
+from frozen_prefix import FrozenHead, FrozenLogSumExp, FrozenPrefix, Store
 from plain_forward import Examples, PlainForward
 from sid_rows import SidRowAdamW, SidRows
 from token_trees import build_tree, pad
@@ -351,10 +353,10 @@ def test_models_for_which_it_cannot_be_exact_are_named(kind, settings, reason, t
 def test_the_trial_at_the_start_sees_a_difference(tokenizer, sid_tokens, dataset):
     model, rows = extended("qwen2", tokenizer, sid_tokens)
     examples = Examples(dataset)
-    plain, frozen = PlainForward(model, examples, 4), FrozenPrefix(model, rows, examples, 4)
-    assert disagreement(plain, frozen) < 1e-5
+    trial, frozen = make_trial(model, examples), FrozenPrefix(model, rows, examples, 4)
+    assert disagreement(frozen, trial) < 1e-5
     frozen.row_of = frozen.row_of.roll(1)
-    assert disagreement(plain, frozen) > 1e-3
+    assert disagreement(frozen, trial) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2-untied", "gemma2", "cohere", "gpt2"])

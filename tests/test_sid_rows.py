@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import sft
 from data import InputError
-from sid_rows import ROWS_FILE, SidRowAdamW, SidRows, base_hash, frozen_values_changed, tables_of
+from sid_rows import ROWS_FILE, SidRowAdamW, SidRows, base_hash, differing_values, tables_of
 
 IDS = [5, 40, 41, 90]
 TOKENS = ["<a_0>", "<a_1>", "<b_0>", "<b_1>"]
@@ -162,11 +162,11 @@ def test_a_single_changed_frozen_value_is_counted():
     with torch.no_grad():
         rows.masters[0].add_(1)
     rows.write()
-    assert frozen_values_changed(model, base, rows.ids) == 0
+    assert differing_values(model, base, rows.ids) == {}
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-6
         model.lm_head.weight[0, 0] += 1
-    assert frozen_values_changed(model, base, rows.ids) == 2
+    assert differing_values(model, base, rows.ids) == {"model.norm.weight": 1, "lm_head.weight": 1}
 
 
 # ---------------------------------------------------------------------------------------------- the vocabulary

@@ -1,0 +1,196 @@
+"""Which way to the loss a run takes: the fastest that gives the model's own numbers, proven on a trial batch.
+
+    frozen prefix -> plain (users as trees) -> plain -> the model's own forward -> its own forward, one sequence at a time
+
+The measure is `model(input_ids=...).logits`, one unpadded sequence at a time. A way that differs from it, or that fails
+on the model, is left with one line in the log. A model that reads ahead is refused: what it would learn, no prompt has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from architecture import own_logits, why_not_exact
+from data import InputError, error_text
+from frozen_prefix import FrozenPrefix
+from plain_forward import Examples, OwnForward, PlainForward
+from sid_rows import SidRows
+
+logger = logging.getLogger("sft.choose_forward")
+
+Forward = FrozenPrefix | PlainForward | OwnForward
+
+
+class Tolerance(NamedTuple):
+    """Relative differences that rounding explains: of a loss, of the SID rows' gradient, of logits."""
+
+    loss: float
+    gradient: float
+    logits: float
+
+
+EXACT = Tolerance(loss=1e-4, gradient=1e-3, logits=1e-3)
+LOW_PRECISION = Tolerance(loss=3e-2, gradient=0.3, logits=0.1)  # bfloat16 and float16
+
+
+class Trial(NamedTuple):
+    """The two shortest examples of every task, and the longest of all. expected: example -> its loss, alone, through the
+    model's own forward."""
+
+    short: np.ndarray
+    longest: int
+    expected: dict[int, float]
+    tolerance: Tolerance
+
+
+def choose_forward(
+    model: PreTrainedModel,
+    rows: SidRows | None,
+    examples: Examples,
+    micro_batch_size: int,
+    *,
+    frozen_prefix: bool,
+    cache_bytes: int,
+    cache_place: str | Path,
+    group_users: bool,
+) -> Forward:
+    """The fastest forward that gives the model's own loss, and with `rows` its gradient; logs which, and why no faster one.
+
+    Every process must call. InputError where the model reads ahead, or where its loss is no number.
+    """
+    model.eval()
+    trial = make_trial(model, examples)
+    reason = why_not_exact(model)
+
+    def frozen() -> FrozenPrefix:
+        settings = {"cache_bytes": cache_bytes, "cache_place": cache_place, "group_users": group_users}
+        return FrozenPrefix(model, rows, examples, micro_batch_size, **settings)
+
+    ways: list[tuple[str, Callable[[], Forward], str]] = []  # name, how it is built, why it need not be tried
+    if frozen_prefix and rows is not None:
+        ways.append(("Frozen prefix", frozen, reason))
+    if group_users:
+        ways.append(("Users as trees", lambda: PlainForward(model, examples, micro_batch_size, group_users=True), reason))
+    ways.append(("Plain forward", lambda: PlainForward(model, examples, micro_batch_size), ""))
+    ways.append(("The model's own forward", lambda: OwnForward(model, examples, micro_batch_size), ""))
+    for name, build, known in ways:
+        forward, why_not, difference = (None, known, 0.0) if known else attempt(build, rows, trial)
+        if forward is not None:
+            shares = f"{forward.shares()}; " if isinstance(forward, FrozenPrefix) else ""
+            logger.info(f"{name}: {shares}loss equal to the model's own to {difference:.0e} on a trial batch")
+            return forward
+        logger.info(f"{name}: not for this model ({why_not})")
+    logger.info("The model's own forward goes one sequence at a time: slow, and right")
+    return OwnForward(model, examples, micro_batch_size, alone=True)
+
+
+def attempt(build: Callable[[], Forward], rows: SidRows | None, trial: Trial) -> tuple[Forward | None, str, float]:
+    """A forward, "" and its difference from the model's own loss; or None and why not, where it does not serve.
+
+    All processes decide alike, for they share the work of a step.
+    """
+    forward, why_not, difference = None, "", 0.0
+    try:
+        forward = build()
+        difference = disagreement(forward, trial)
+        if not difference <= trial.tolerance.loss:
+            why_not = f"its loss differs by {difference:.0e} from the model's own"
+        elif rows is not None:
+            wrong = gradient_disagreement(forward, rows, trial)
+            if not wrong <= trial.tolerance.gradient:
+                why_not = f"the gradient of its SID rows differs by {wrong:.0e} from the model's own"
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # other people's code: whatever it does not take is a reason to go another way
+        why_not = f"{type(error).__name__}: {error_text(error)[:100]}"
+    if not agreed(not why_not, forward):
+        return None, why_not or "another process found so", difference
+    return forward, "", difference
+
+
+def agreed(fits: bool, forward: Forward | None) -> bool:
+    """Whether all processes find that a forward fits."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return fits
+    device = "cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    votes = torch.tensor([int(fits)], device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    return bool(votes.item())
+
+
+# ---------------------------------------------------------------------------------------------- the trial
+
+
+def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
+    """Runs the trial's examples through the model's own forward. The longest is there for what only length shows, such as a
+    sliding window."""
+    tolerance = LOW_PRECISION if model.dtype in (torch.bfloat16, torch.float16) else EXACT
+    order = np.argsort(examples.length, kind="stable")
+    short = np.concatenate([order[examples.task[order] == task][:2] for task in np.unique(examples.task)])
+    longest = int(order[-1])
+    inputs = torch.from_numpy(examples.ids(longest)[:-1].astype(np.int64)).to(model.device)
+    refuse_reading_ahead(model, inputs, tolerance.logits)
+    alone = OwnForward(model, examples, 1)
+    with torch.no_grad():
+        expected = {i: float(alone.nll(np.array([i])).sum()) for i in [*short.tolist(), longest]}
+    if not np.isfinite(list(expected.values())).all():
+        raise InputError(
+            "--base_model: its loss on an example is no number before anything was trained; the model's files hold NaN or "
+            "infinite values, or its dtype is too small for them"
+        )
+    return Trial(short, longest, expected, tolerance)
+
+
+@torch.no_grad()
+def refuse_reading_ahead(model: PreTrainedModel, ids: Tensor, tolerance: float) -> None:
+    """InputError where a token's logits change with what stands behind it; ids (S,)."""
+    whole = own_logits(model, ids[None])[0].float()
+    for size in {max(1, len(ids) // 2), max(1, len(ids) - 1)}:
+        last = own_logits(model, ids[None, :size])[0, -1].float()
+        difference = float((whole[size - 1] - last).abs().max() / last.abs().max())
+        if difference > tolerance:
+            raise InputError(
+                f"--base_model: {type(model).__name__} reads ahead (a token's logits change by {difference:.0e} with what "
+                "stands behind it), so it cannot learn to write what comes next; expected a causal language model"
+            )
+
+
+@torch.no_grad()
+def disagreement(forward: Forward, trial: Trial) -> float:
+    """The largest relative difference of a forward's loss from the model's own, over the trial's examples in micro-batches
+    of several lengths, and alone. Relative to a loss of 1 per label at least; NaN where the forward gives no number."""
+    together = np.unique([*trial.short, trial.longest])
+    parts = [part for batch in (together, *trial.short[:, None]) for part in forward.cut(batch)]
+    found = np.array([float(forward.nll(part.indices).sum()) for part in parts])
+    wanted = np.array([sum(trial.expected[int(i)] for i in part.indices) for part in parts])
+    labels = np.array([forward.examples.labels[part.indices].sum() for part in parts])
+    return float(np.max(np.abs(found - wanted) / np.maximum(wanted, labels)))  # np.max hands a NaN on
+
+
+def gradient_disagreement(forward: Forward, rows: SidRows, trial: Trial) -> float:
+    """The relative difference of the SID rows' gradient from that of the model's own forward, over the short examples."""
+    wanted = rows_gradient(OwnForward(forward.model, forward.examples, 1), rows, trial.short)
+    found = rows_gradient(forward, rows, trial.short)
+    scale = torch.stack([gradient.norm() for gradient in wanted]).norm()
+    difference = torch.stack([(f - w).norm() for f, w in zip(found, wanted, strict=True)]).norm()
+    return float(difference / scale.clamp(min=torch.finfo(scale.dtype).tiny))
+
+
+def rows_gradient(forward: Forward, rows: SidRows, indices: np.ndarray) -> list[Tensor]:
+    """The gradient (M, D) of each table's SID rows over some examples; leaves none behind."""
+    for part in forward.cut(indices):
+        forward.nll(part.indices).sum().backward()
+    rows.collect_gradients()
+    gradients = [master.grad for master in rows.masters]
+    for master in rows.masters:
+        master.grad = None
+    return gradients
