@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from data import PROMPTS, TASKS, InputError, check_template, error_text, read_json
+from data import PROMPTS, TASKS, Catalogue, InputError, check_template, error_text, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -100,6 +100,15 @@ def fit_cutoff(cutoff_len: int, positions: int | None) -> int:
         f"--cutoff_len {cutoff_len}: the model has {positions} positions, so examples have at most {positions} tokens"
     )
     return positions
+
+
+def beams_beyond(catalogue: Catalogue) -> int:
+    """By how many tokens beams that write the deepest SID may pass an example that ends with the shallowest one.
+
+    The example's end token has a place that no beam needs: SIDs of 3 and 4 tokens, where some collide, give 0.
+    """
+    depths = [len(item.sid) for item in catalogue.items]
+    return max(max(depths) - min(depths) - 1, 0)
 
 
 def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code: bool) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import PROMPTS_FILE, fit_cutoff, load_model, load_tokenizer, model_positions
+from checkpoint import PROMPTS_FILE, beams_beyond, fit_cutoff, load_model, load_tokenizer, model_positions
 from data import (
     DEFAULT_TASKS,
     MAX_LEFT_OUT,
@@ -84,7 +84,7 @@ def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> lis
     from tokenizers import AddedToken
 
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    roles = {getattr(tokenizer, name) for name in ("bos_token", "eos_token", *tokenizer.SPECIAL_TOKENS_ATTRIBUTES)}
+    roles = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     for token in tokens:
         if token in vocabulary and (token not in added or token in roles):
             raise InputError(f"SID token {token!r} already means something else to the tokenizer; rename it in the index")
@@ -123,6 +123,11 @@ def assert_sids_round_trip(tokenizer: PreTrainedTokenizerBase, catalogue: Catalo
         for sid, ids in zip(sids, encoded, strict=True):
             if tuple(tokenizer.convert_ids_to_tokens(ids[-len(sid) :])) != sid or (not lead and len(ids) != len(sid)):
                 raise InputError(f"SID {''.join(sid)!r} does not survive the tokenizer; rename its tokens in the index")
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows the ids of a tokenizer need; more than it has tokens where its ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
@@ -229,7 +234,7 @@ def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
     add_sid_tokens(tokenizer, saved.tokens)
     if tokenizer.convert_tokens_to_ids(saved.tokens) != saved.ids.tolist():
         raise InputError(f"{path}: the tokenizer gives the SID tokens other ids; use the tokenizer of the base model")
-    grow_embeddings(model, len(tokenizer))
+    grow_embeddings(model, vocabulary_size(tokenizer))
     with torch.no_grad():
         for name, weight in tables_of(model).items():
             weight[saved.ids] = saved.rows[name].to(weight)
@@ -385,15 +390,14 @@ def train(
     model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code)
     base_dtype = model.dtype
     logger.info(f"Adding {len(new_ids)} new tokens to tokenizer")
-    if len(new_ids) < len(tokens):
-        logger.info(f"{len(tokens) - len(new_ids)} of {len(tokens)} SID tokens were there already and keep their rows")
     had_rows = len(model.get_input_embeddings().weight)
     known_tokens = min(known_tokens, had_rows)
-    if rowless := [i for i in tokenizer.convert_tokens_to_ids(tokens) if i >= had_rows and i not in set(new_ids)]:
-        logger.info(
-            f"{len(rowless)} SID tokens were in the tokenizer, but the model has no rows for them: they get new ones"
-        )
-    grow_embeddings(model, max(tokenizer.get_vocab().values()) + 1)
+    rowless = sorted({i for i in tokenizer.convert_tokens_to_ids(tokens) if i >= had_rows} - set(new_ids))
+    if kept := len(tokens) - len(new_ids) - len(rowless):
+        logger.info(f"{kept} of {len(tokens)} SID tokens were there already and keep their rows")
+    if rowless:
+        logger.info(f"{len(rowless)} of {len(tokens)} SID tokens were in the tokenizer, but had no row; they get one")
+    grow_embeddings(model, vocabulary_size(tokenizer))
     init_rows(model, new_ids + rowless, known_tokens, flags.seed)
     model.to(args.device, compute_dtype(flags, base_dtype))  # before the rows are copied, which stay beside it
     rows = freeze_llm(model, tokenizer, tokens) if flags.freeze_LLM else None
@@ -503,16 +507,12 @@ def recommendation_evaluator(
     tokenizer: PreTrainedTokenizerBase,
     positions: int | None,
 ) -> Evaluator | None:
-    """What measures recommendations at each evaluation, on a sample of the evaluation rows; None where not asked for.
-
-    A beam may write the deepest SID where the truth, which the cutoff counts, is the shortest: positions are kept for it.
-    """
+    """What measures recommendations at each evaluation, on a sample of the evaluation rows; None where not asked for."""
     if not flags.eval_recommendation:
         return None
     rows = list(read_rows(Path(flags.eval_file), catalogue, max_left_out=flags.max_left_out))
     rows = sampled(rows, flags.eval_recommendation, flags.seed)
-    depths = [len(item.sid) for item in catalogue.items]
-    room = math.inf if positions is None else positions - (max(depths) - min(depths))
+    cutoff_len = flags.cutoff_len if positions is None else min(flags.cutoff_len, positions - beams_beyond(catalogue))
     return Evaluator(
         tokenizer,
         catalogue,
@@ -521,7 +521,7 @@ def recommendation_evaluator(
         task=next(task for task in RECOMMENDING_TASKS if task in flags.tasks.split(",")),
         num_beams=EVAL_BEAMS,
         batch_size=flags.micro_batch_size,
-        cutoff_len=min(flags.cutoff_len, room),
+        cutoff_len=cutoff_len,
     )
 
 
@@ -652,7 +652,7 @@ def base_with_rows(
         raise InputError(f"{changed} frozen values changed in training; no final_checkpoint was written")
     digest = base_hash(base, int(rows.ids[0]))
     sizes = {name: len(weight) for name, weight in tables_of(base).items()}
-    grow_embeddings(base, len(tokenizer))
+    grow_embeddings(base, vocabulary_size(tokenizer))
     trained, tables = tables_of(model), tables_of(base)
     for name, size in sizes.items():
         tables[name].data[size:] = trained[name].data[size:].to(tables[name])

@@ -136,6 +136,59 @@ def closing() -> PreTrainedTokenizerFast:
     return wrapped(core, eos_token="<eos>", unk_token="<unk>")
 
 
+def word_piece(**options: bool) -> PreTrainedTokenizerFast:
+    """Pieces of words as in BERT: lower case, accents and line ends gone, [CLS] before and [SEP] behind each text."""
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(**options)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.train_from_iterator(
+        TEXTS, trainers.WordPieceTrainer(special_tokens=["[UNK]", "[CLS]", "[SEP]", "[PAD]"], show_progress=False)
+    )
+    core.decoder = decoders.WordPiece()
+    marks = [(token, core.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[SEP]", unk_token="[UNK]", pad_token="[PAD]")
+
+
+def characters(normalizer: normalizers.Normalizer, splitter: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
+    """BPE over characters that the texts have, unknown otherwise."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = normalizer, splitter
+    core.train_from_iterator(TEXTS, trainers.BpeTrainer(special_tokens=["<unk>", "<eos>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+def words(splitter: pre_tokenizers.PreTokenizer) -> PreTrainedTokenizerFast:
+    """Whole words; nothing of a SID is among them."""
+    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    core.pre_tokenizer = splitter
+    core.train_from_iterator(TEXTS, trainers.WordLevelTrainer(special_tokens=["<unk>", "<eos>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+def with_byte_fallback() -> PreTrainedTokenizerFast:
+    """A unigram model that writes unknown characters as bytes, as in Gemma."""
+    pieces = [("<unk>", 0.0), ("<eos>", 0.0), *((f"<0x{byte:02X}>", -10.0) for byte in range(256)), ("\u2581", -2.0)]
+    core = Tokenizer(models.Unigram([*pieces, ("oo", -3.0), ("d", -4.0)], unk_id=0, byte_fallback=True))
+    core.normalizer = normalizers.Replace(" ", "\u2581")
+    core.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+BASES = {  # further kinds, as they come: without a SID token
+    "wordpiece": word_piece,
+    "wordpiece-cased": lambda: word_piece(lowercase=False, strip_accents=False),
+    "bpe-whitespace": lambda: characters(normalizers.NFKC(), pre_tokenizers.Whitespace()),
+    "bpe-digits": lambda: characters(
+        normalizers.Lowercase(), pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Punctuation()])
+    ),
+    "bpe-angle-brackets-stripped": lambda: characters(normalizers.Replace(Regex("[<>_]"), ""), pre_tokenizers.Whitespace()),
+    "bpe-metaspace-never": lambda: characters(normalizers.NFC(), pre_tokenizers.Metaspace(prepend_scheme="never")),
+    "bpe-prefix-space": lambda: characters(normalizers.NFD(), pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "words": lambda: words(pre_tokenizers.WhitespaceSplit()),
+    "words-and-marks": lambda: words(pre_tokenizers.Whitespace()),
+    "unigram-byte-fallback": with_byte_fallback,
+}
 TOKENIZERS = {
     "gpt2": byte_level,
     "qwen2": lambda: byte_level(LINE_PATTERNS[1]),
