@@ -162,15 +162,19 @@ ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
 
 
 def unescaped(text: str) -> str:
-    """A title without the escapes of JSON, Python and HTML: 'Caf\\u00e9 5\\" &amp; up' -> 'Café 5" & up'."""
+    """A title without escapes of JSON, Python and HTML, however often it was escaped: 'Caf\\u00e9 &amp;' -> 'Café &'."""
 
     def meant(found: re.Match) -> str:
         code = found[1] or found[2]
         return chr(int(code, 16)) if code else " " if found[3] in "nrt" else found[3]
 
-    text = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
-    text = ESCAPE.sub(meant, text).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # emoji have two \u
-    return one_line(html.unescape(text))
+    before = None
+    while text != before:
+        before = text
+        text = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+        text = ESCAPE.sub(meant, text).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # emoji: two \u
+        text = one_line(html.unescape(text))
+    return text
 
 
 def one_line(text: str) -> str:

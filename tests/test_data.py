@@ -507,6 +507,7 @@ def test_items_without_titles_stop_the_tasks_of_users_rows_and_not_the_item_task
         (r'"Caf\u00e9 3\/4"', "Café 3/4"),
         (r"\ud83d\ude00 mug", "\N{GRINNING FACE} mug"),
         ("Nuts &amp; Bolts &#39;M5&#39;", "Nuts & Bolts 'M5'"),
+        ("5&amp;amp;deg; up", "5&deg; up"),
         (r"it\'s \xe9", "it's é"),
         (r"two\nlines", "two lines"),
         (" two\n lines", "two lines"),
