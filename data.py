@@ -90,9 +90,15 @@ def read_json(path: Path, expected: str) -> Any:
     if not text.strip():
         raise InputError(f"{path}: is empty; expected {expected}")
     try:
-        return json.loads(text, object_pairs_hook=distinct_keys)
+        content = json.loads(text, object_pairs_hook=distinct_keys)
+        if "\\ud" in text.lower():  # an emoji is two of these; one alone is no character, and nothing can write it
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(error.start - 30, 0) : error.start + 1].encode("ascii", "backslashreplace").decode()
+        raise InputError(f"{path}: holds half a character at the end of {near!r}; mend or remove it") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error_text(error)}); expected {expected}") from None
+    return content
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -261,7 +267,7 @@ def read_list(cell: str) -> list[str | int | float | None]:
         raise ValueError(f"is not a list literal (no comma between {begun[1][:30]} and {begun[2][:30]})")
     if "..." in re.sub(STRING, "", plain):
         raise ValueError("is not a list literal (numpy left entries out of it at the three dots)")
-    raise ValueError("is not a list literal")
+    raise ValueError("is not a list literal of texts and numbers")
 
 
 class ItemIds:
@@ -273,7 +279,7 @@ class ItemIds:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
-        self.example = catalogue.items[0].id
+        self.like = f"the index has ids like {catalogue.items[0].id!r}"
         self.respelled: Counter[tuple[str, str]] = Counter()
 
     @functools.cached_property
@@ -290,7 +296,7 @@ class ItemIds:
         if place is not None:
             return place
         if type(value) is float and not (value.is_integer() and abs(value) < 2**53):
-            raise ValueError(f"has {text} for an item id; the index has ids like {self.example!r}")
+            raise ValueError(f"has {text} for an item id; {self.like}; write it as there")
         found = self.places.get(plain_id(text), [])
         if len(found) > 1:
             either = join_or(repr(self.catalogue.items[place].id) for place in found)
@@ -328,13 +334,15 @@ class LeftOut:
         self.counts[reason] += 1
         self.examples.setdefault(reason, example)
 
-    def check(self, path: Path, rows: int, max_left_out: float, expected: str) -> None:
+    def check(self, path: Path, rows: int, max_left_out: float) -> None:
         """InputError where all rows are left out, or a larger share than is allowed."""
         left = self.counts.total()
-        why = ", ".join(f"{count:,} as {reason} ({self.examples[reason]})" for reason, count in self.counts.items())
+        why = ", ".join(f"{count:,} because {reason} ({self.examples[reason]})" for reason, count in self.counts.items())
         if left == rows:
-            raise InputError(f"{path}: no row has a known item and history ({why}); {expected}")
-        check_share(f"{path}: ", left, rows, max_left_out, f"{why}; {expected}")
+            raise InputError(
+                f"{path}: no row has a known item and history ({why}); the CSV and the index must be of one dataset"
+            )
+        check_share(f"{path}: ", left, rows, max_left_out, why)
 
 
 def check_share(what: str, left: int, rows: int, max_left_out: float, why: str) -> None:
@@ -369,8 +377,7 @@ def read_rows(
             yield row
     if not counts["rows"]:
         raise InputError(f"{path}: has no rows; expected a header and rows of {','.join(CSV_COLUMNS)}")
-    expected = f"the index has ids like {ids.example!r}; the CSV and the index must be of one dataset"
-    left_out.check(path, counts["rows"], max_left_out, expected)
+    left_out.check(path, counts["rows"], max_left_out)
     for reason, count in left_out.counts.items():
         tell(f"{path.name}: {count:,} rows left out: {reason} ({counts['rows']:,} rows)")
     if note := ids.note():
@@ -438,7 +445,8 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
         try:
             place = ids.find(item_id)
         except ValueError as error:
-            raise InputError(f"{where}: {error}") from None
+            cells = f"history {fields['history_item_id'][:60]!r}, item {fields['item_id'][:60]!r}"
+            raise InputError(f"{where}: {error} ({cells})") from None
         places.append(place)
         if place is None:
             continue
@@ -458,11 +466,11 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
     counts["history"] += len(history) - len(known_history)
     line = f"line {where.rpartition(':')[2]}"
     if target is None:
-        left_out.add("their item is not in the index", f"{line}: {fields['item_id'][:60]!r}")
+        left_out.add("their item is not in the index", f"{line}: {fields['item_id'][:60]!r}, {ids.like}")
     elif not history:
         left_out.add("their history is empty", line)
     elif not known_history:
-        left_out.add("no item of their history is in the index", f"{line}: {fields['history_item_id'][:60]!r}")
+        left_out.add("no item of their history is in the index", f"{line}: {fields['history_item_id'][:60]!r}, {ids.like}")
     else:
         return Row(fields["user_id"], known_history, target)
     return None
@@ -547,7 +555,7 @@ def read_preferences(
         raise InputError(f"{path}: no entry of split {split!r} has known items and a preference; expected {expected}")
     reason = "unknown item, no history or no preference"
     if unknown:
-        why = f"{reason} (entry {first}); the index has ids like {ids.example!r}"
+        why = f"{reason} (entry {first}); {ids.like}"
         check_share(f"{path}: ", unknown, total, max_left_out, why)
         tell(f"{Path(path).name}: {unknown:,} of {total:,} entries left out: {reason}")
     if note := ids.note():

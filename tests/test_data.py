@@ -475,13 +475,13 @@ def test_more_than_a_fifth_of_the_rows_left_out_stops_unless_it_is_allowed(folde
     path = toy.write_csv(path, [*good, unknown, nothing, strange, strange])
     assert one_error(read_rows, path, catalogue_of(folder)) == (
         f"{path}: 4 of 12 rows would be left out, more than --max_left_out 0.2 allows: "
-        "1 as their item is not in the index (line 10: '98'), 1 as their history is empty (line 11), "
-        "2 as no item of their history is in the index (line 12: '[9]'); the index has ids like '0'; "
-        "the CSV and the index must be of one dataset; mend that or allow it with --max_left_out 1"
+        "1 because their item is not in the index (line 10: '98', the index has ids like '0'), "
+        "1 because their history is empty (line 11), 2 because no item of their history is in the index "
+        "(line 12: '[9]', the index has ids like '0'); mend that or allow it with --max_left_out 1"
     )
     assert len(list(read_rows(path, catalogue_of(folder), max_left_out=0.34))) == 8
     path = toy.write_csv(path, [unknown, strange])
-    message = "no row has a known item and history (1 as their item is not in the index (line 2: '98')"
+    message = "no row has a known item and history (1 because their item is not in the index (line 2: '98', "
     assert message in one_error(lambda: list(read_rows(path, catalogue_of(folder), max_left_out=1)))
 
 
@@ -549,6 +549,15 @@ def test_a_title_that_is_missing_or_a_number_refuses_nothing(folder, fields, tit
     items = {item: {"title": text} for item, text in toy.TITLES.items()}
     toy.write_json(folder / "toy.item.json", {**items, "1": fields})
     assert [item.title for item in catalogue_of(folder).items] == [{**toy.TITLES, "1": title}[item] for item in toy.TITLES]
+
+
+def test_half_an_emoji_is_one_line_and_a_whole_one_is_a_character(folder):
+    path = folder / "toy.item.json"
+    path.write_text(json.dumps({**{item: {"title": "x"} for item in toy.SIDS}, "0": {"title": "\N{GRINNING FACE}"}}))
+    assert "\\ud83d" in path.read_text()
+    assert catalogue_of(folder).items[0].title == "\N{GRINNING FACE}"
+    path.write_text('{"0": {"title": "Mug \\ud83d"}}')
+    assert one_error(catalogue_of, folder).startswith(f"{path}: holds half a character at the end of ")
 
 
 @pytest.mark.parametrize("title", [True, ["Screws"], {"en": "Screws"}])

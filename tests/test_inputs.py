@@ -116,12 +116,12 @@ REFUSED = {
     "nested lists": ([lists(lambda ids: repr([ids]))], "is not a list literal", "[0, 1]"),
     "ids of another catalogue": (
         [lambda row, number: text_ids(row, number) if number % 4 == 0 else None],
-        "as their item is not in the index (line 2: 'X",
+        "because their item is not in the index (line 2: 'X",
         "--max_left_out 1",
     ),
     "histories of another catalogue": (
         [lambda row, number: row.update(history_item_id=repr(["?"] * len(ast.literal_eval(row["history_item_id"]))))],
-        "as no item of their history is in the index (line 2: \"['?'",
+        "because no item of their history is in the index (line 2: \"['?'",
         "ids like '0'",
     ),
 }
@@ -188,7 +188,7 @@ def test_a_quarter_of_the_rows_left_out_stops_the_run_unless_it_is_allowed(share
     last = result.stderr.splitlines()[-1]
     if code:
         assert last.startswith(f"sft.py: {path}: 175 of 700 rows would be left out, more than --max_left_out 0.2 allows: ")
-        assert "(line 2: '?'); the index has ids like '0'" in last
+        assert "(line 2: '?', the index has ids like '0')" in last
         assert last.endswith("or allow it with --max_left_out 1")
     else:
         assert "v.csv: 175 rows left out: their item is not in the index (700 rows)" in result.stderr
