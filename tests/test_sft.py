@@ -509,6 +509,10 @@ def test_sft_sh_passes_arguments_on_and_lets_them_win(tmp_path):
     demo = words("--freeze_LLM", "True", DEMO_DIR=str(tmp_path / "demo"))
     assert value(demo[demo.index("evaluate.py") :], "test_file") == str(tmp_path / "demo" / "shop.test.csv")
     demo = demo[: demo.index("evaluate.py")]
+    assert value(demo, "eval_steps") == "0.1"
+    assert "--save_steps" not in demo
+    saved = words("--save_steps", "6", DEMO_DIR=str(tmp_path / "demo"))
+    assert "--eval_steps" not in saved
     assert demo[:2] == ["demo.py", str(tmp_path / "demo")]
     assert value(demo, "train_file") == f"{tmp_path}/demo/shop.train.csv"
     assert demo.count("--freeze_LLM") == 1
