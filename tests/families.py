@@ -20,12 +20,12 @@ BIDIRECTIONAL = "bert-bidirectional"  # the negative case: a bert whose earlier 
 
 REASONS: dict[str, str] = {}
 
-HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, POSITIONS, WINDOW = 48, 64, 4, 2, 12, 4, 512, 9
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, POSITIONS, WINDOW = 64, 96, 4, 2, 8, 4, 512, 9
 
 SMALL = {
     # sizes
-    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim"], HIDDEN),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner"], FFN),
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "emb_dim"], HIDDEN),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "dff"], FFN),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"], 32),
     **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers"], LAYERS),
     **dict.fromkeys(["decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers"], 2),
@@ -46,6 +46,7 @@ SMALL = {
     "routed_scaling_factor": 2.5,
     # latent attention: three head widths that differ
     **{"q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "max_window_layers": 2,
     **{"index_head_dim": 16, "index_n_heads": 4, "index_topk": 12},
     # state spaces, linear attention and convolutions
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
@@ -62,17 +63,180 @@ SMALL = {
     # decoders
     **{"is_decoder": True, "is_encoder_decoder": False},
 }
-NO_DROPOUT: dict = {}
+VOCABULARIES = ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size")
 
-OVERRIDES: dict[str, dict] = {}
+SLIDING_FULL = ["sliding_attention", "full_attention"] * 2
+DENSE_SPARSE = ["dense", "sparse", "sparse", "sparse"]
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+GEMMA3N = {
+    "layer_types": SLIDING_FULL,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [FFN] * 4,
+    "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0],
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 8,
+}
+GEMMA4_UNIFIED = {"layer_types": SLIDING_FULL, "num_kv_shared_layers": 2, "global_head_dim": 16}
+GEMMA4 = GEMMA4_UNIFIED | {"hidden_size_per_layer_input": 8}
+GEMMA4_EXPERTS = {
+    "layer_types": SLIDING_FULL,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+}
+LLAMA4 = {
+    "attention_chunk_size": 16,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layer_interval": 2,
+    "intermediate_size_mlp": 80,
+    "floor_scale": 16,
+}
+QWEN4 = {
+    "hc_lowrank": 8,
+    "ple_layer_ids": [1, 3],
+    "ple_embed_dim": HIDDEN,
+    "ngram_vocab_size_base": 500,
+    "heads_per_ngram": 2,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 1,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 12,
+    "indexer_compress_ratio": 4,
+}
+DOTS3 = {
+    "num_key_value_heads": HEADS,
+    "shared_experts_intermediate_size": 32,
+    "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention", "sliding_attention"],
+    "rope_parameters": {kind: ROPE | {"partial_rotary_factor": 0.5} for kind in ("sliding_attention", "indexed_attention")},
+    "head_dim": 16,
+}
+INKLING = {"layer_types": ["hybrid_sliding", "hybrid"] * 2}
+OVERRIDES: dict[str, dict] = {
+    BIDIRECTIONAL: {"is_decoder": False},
+    "afmoe": {"mup_enabled": True, "global_attn_every_n_layers": 2},
+    "bailing_hybrid": {"layer_group_size": 2, "linear_head_dim": 8, "linear_num_heads": 4, "num_expert_group": 1},
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {
+        "layer_types": SLIDING_FULL,
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": None},
+    },
+    "cpmant": {"dim_head": 16, "dim_ff": FFN},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10_000.0},
+        "ffn_config": {"ffn_hidden_size": 32, "hidden_size": HIDDEN},
+    },
+    "deepseek_v4": {
+        "layer_types": [
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+            "sliding_attention",
+            "compressed_sparse_attention",
+        ],
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        **{"head_dim": 16, "partial_rotary_factor": 0.5, "num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 16},
+        **{"hc_mult": 2, "index_topk": 4},
+    },
+    "doge": {"is_moe": True, "keep_window_size": WINDOW},
+    "dots1": {"layer_types": SLIDING_FULL},
+    "dots3_note": {"text_config": DOTS3},
+    "dots3_note_text": DOTS3,
+    "falcon_h1": {
+        "mamba_d_ssm": 96,
+        "mamba_d_head": 12,
+        "mlp_multipliers": [0.7, 1.4],
+        "ssm_multipliers": [0.7, 1.2, 0.8, 1.3, 0.9],
+        "mamba_rms_norm": True,
+    },
+    "gemma3": {"text_config": {"layer_types": SLIDING_FULL}},
+    "gemma3_text": {"layer_types": SLIDING_FULL},
+    "gemma3n": {"text_config": GEMMA3N},
+    "gemma3n_text": GEMMA3N,
+    "gemma4": {"text_config": GEMMA4_EXPERTS},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_text": GEMMA4,
+    "gemma4_unified": {"text_config": GEMMA4_UNIFIED},
+    "gemma4_unified_text": GEMMA4_UNIFIED,
+    "got_ocr2": {"text_config": {"layer_types": SLIDING_FULL}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mamba_d_head": 16,
+        "position_embedding_type": "rope",
+    },
+    "hrm_text": {"num_layers_per_stack": 2},
+    "inkling2_text": INKLING | {"n_layers_per_attn_res_block": 2},
+    "inkling_text": INKLING | {"mlp_layer_types": DENSE_SPARSE},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kolibri1": {"layer_types": SLIDING_FULL},
+    "laguna": {"layer_types": SLIDING_FULL, "num_attention_heads_per_layer": [4, 2, 4, 2]},
+    "lfm2": {"full_attn_idxs": [1, 3]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm3": {"layer_types": ["conv", "sliding_attention", "full_attention", "conv"]},
+    "llama4": {"text_config": LLAMA4},
+    "llama4_text": LLAMA4,
+    "longcat_flash": {
+        "num_layers": 2,
+        "ffn_hidden_size": FFN,
+        "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 2,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "mellum": {"layer_types": SLIDING_FULL},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "mlp_layer_types": DENSE_SPARSE,
+        **{"dense_intermediate_size": FFN, "rotary_dim": 4, "index_head_dim": 8},
+        **{"index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 3},
+    },
+    "ministral": {"layer_types": SLIDING_FULL},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "mimo_v2_flash": {"v_head_dim": 12},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "num_hidden_layers": None},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "reformer": {
+        "attn_layers": ["local", "lsh", "local", "lsh"],
+        **{"axial_pos_shape": [8, 64], "axial_pos_embds_dim": [16, 48], "attention_head_size": 16, "feed_forward_size": FFN},
+        **{"local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16, "hash_seed": 0, "num_buckets": 8},
+    },
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 48},
+    "roc_bert": {
+        **{"pronunciation_embed_dim": 32, "pronunciation_vocab_size": 128},
+        **{"shape_embed_dim": 24, "shape_vocab_size": 128},
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "xlm": {"causal": True},
+    "xlnet": {"d_head": 16, "d_inner": FFN},
+    "xlstm": {"num_blocks": LAYERS, "embedding_dim": 64},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        **{"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "n_mamba_heads": 2},
+        **{"num_key_value_heads": HEADS, "attention_head_dim": 32},
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        **{"num_key_value_heads": HEADS, "adapter_rank": 8, "mamba_ngroups": 2, "num_mem_blocks": 2, "use_mem_rope": True},
+        **{"use_shared_attention_adapter": True},
+    },
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2, "router_hidden_size": 24},
+}
 
 
 def small_config(config_class: type, vocabulary: int, overrides: dict) -> PreTrainedConfig:
     """The family's configuration with every size cut down. `overrides` wins; a dict in it is a sub-configuration's."""
     fields = {field.name for field in dataclasses.fields(config_class)}
     arguments = {name: value for name, value in SMALL.items() if name in fields}
-    if "vocab_size" in fields:
-        arguments["vocab_size"] = vocabulary
+    arguments.update({name: vocabulary for name in VOCABULARIES if name in fields})
+    if "unpadded_vocab_size" in fields:
+        arguments["unpadded_vocab_size"] = vocabulary - 7
+    if "kv_lora_rank" in fields:  # latent attention has as many key heads as queries, and turns qk_rope_head_dim of each
+        arguments |= {"num_key_value_heads": HEADS, "head_dim": arguments["qk_rope_head_dim"]}
     for name, subclass in (config_class.sub_configs or {}).items():
         if name in overrides and not isinstance(overrides[name], dict):
             continue
@@ -94,7 +258,6 @@ def families() -> list[str]:
 def small_family(kind: str, vocabulary: int, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A small model of the family with random weights, all of them large enough to matter, in eval mode."""
     overrides = OVERRIDES.get(kind, {})
-    overrides = overrides(vocabulary) if callable(overrides) else overrides
     config_class = CONFIG_MAPPING["bert" if kind == BIDIRECTIONAL else kind]
     config = small_config(config_class, vocabulary, overrides)
     torch.manual_seed(0)
