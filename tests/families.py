@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import sys
 import time
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 BIDIRECTIONAL = "bert-bidirectional"  # the negative case: a bert whose earlier tokens see the later ones
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "gemma3n": "its vision tower needs the package timm",
+    "gemma4_assistant": "every layer reads keys of another model, which token ids alone do not give",
+    "gemma4_unified_assistant": "every layer reads keys of another model, which token ids alone do not give",
+    "musicgen": "its configuration is the encoder-decoder's, from which the decoder alone cannot be built",
+    "musicgen_melody": "its configuration is the encoder-decoder's, from which the decoder alone cannot be built",
+}
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, POSITIONS, WINDOW = 64, 96, 4, 2, 8, 4, 512, 9
 
@@ -50,7 +55,14 @@ SMALL = {
     **{"index_head_dim": 16, "index_n_heads": 4, "index_topk": 12},
     # state spaces, linear attention and convolutions
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
-    **{"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_d_conv": 4, "mamba_expand": 2},
+    **{
+        "mamba_n_heads": 8,
+        "mamba_d_head": 12,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+    },
     **{"mamba_chunk_size": 16, "chunk_size": 16, "state_size": 8, "time_step_rank": 6, "conv_kernel": 4},
     # settings whose usual value hides a forward that forgets them
     **{"embedding_multiplier": 5.0, "residual_multiplier": 0.6, "attention_multiplier": 0.4, "logits_scaling": 3.0},
@@ -111,13 +123,27 @@ DOTS3 = {
     "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention", "sliding_attention"],
     "rope_parameters": {kind: ROPE | {"partial_rotary_factor": 0.5} for kind in ("sliding_attention", "indexed_attention")},
     "head_dim": 16,
+    "per_layer_config": {
+        layer: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 12, "qk_nope_head_dim": 8}
+        for layer in (1, 3)
+    },
 }
-INKLING = {"layer_types": ["hybrid_sliding", "hybrid"] * 2}
+INKLING = {
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    **{"swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 12, "sliding_window_size": WINDOW},
+    **{"d_rel": 4, "rel_extent": 16, "log_scaling_n_floor": 16},
+}
+KDA = {"linear_head_dim": 8, "linear_num_heads": 4, "num_expert_group": 1}
 OVERRIDES: dict[str, dict] = {
     BIDIRECTIONAL: {"is_decoder": False},
     "afmoe": {"mup_enabled": True, "global_attn_every_n_layers": 2},
-    "bailing_hybrid": {"layer_group_size": 2, "linear_head_dim": 8, "linear_num_heads": 4, "num_expert_group": 1},
+    "bailing_hybrid": KDA | {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16},
+    "blt": {
+        **{"use_cache": False, "local_attention_window_len": WINDOW, "encoder_hash_byte_group_vocab": 64},
+        "encoder_config": {"hidden_size_global": HIDDEN, "intermediate_size": FFN},
+        "decoder_config": {"hidden_size_global": HIDDEN},
+    },
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {
         "layer_types": SLIDING_FULL,
@@ -142,7 +168,11 @@ OVERRIDES: dict[str, dict] = {
     },
     "doge": {"is_moe": True, "keep_window_size": WINDOW},
     "dots1": {"layer_types": SLIDING_FULL},
-    "dots3_note": {"text_config": DOTS3},
+    "dots3_note": {
+        "text_config": DOTS3,
+        "vision_config": {"mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN, "downsample_hidden_size": 16},
+    },
     "dots3_note_text": DOTS3,
     "falcon_h1": {
         "mamba_d_ssm": 96,
@@ -168,11 +198,12 @@ OVERRIDES: dict[str, dict] = {
         "mamba_d_head": 16,
         "position_embedding_type": "rope",
     },
-    "hrm_text": {"num_layers_per_stack": 2},
+    "helium": {"head_dim": 16},
+    "hrm_text": {"num_hidden_layers": 1},
     "inkling2_text": INKLING | {"n_layers_per_attn_res_block": 2},
     "inkling_text": INKLING | {"mlp_layer_types": DENSE_SPARSE},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": KDA | {"layer_types": ["linear_attention", "full_attention"] * 2},
     "kolibri1": {"layer_types": SLIDING_FULL},
     "laguna": {"layer_types": SLIDING_FULL, "num_attention_heads_per_layer": [4, 2, 4, 2]},
     "lfm2": {"full_attn_idxs": [1, 3]},
@@ -197,7 +228,16 @@ OVERRIDES: dict[str, dict] = {
     "ministral": {"layer_types": SLIDING_FULL},
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "mimo_v2_flash": {"v_head_dim": 12},
-    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "num_hidden_layers": None},
+    "nemotron_h": {
+        **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2},
+        **{"moe_shared_expert_intermediate_size": 32, "moe_latent_size": 24},
+    },
+    "phi4_multimodal": {
+        "audio_config": {
+            **{"ext_pw_out_channel": HIDDEN, "depthwise_separable_out_channel": HIDDEN, "nemo_conv_channels": HIDDEN},
+            **{"num_blocks": 2, "sliding_window": WINDOW},
+        },
+    },
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "reformer": {
@@ -213,7 +253,7 @@ OVERRIDES: dict[str, dict] = {
     "smollm3": {"no_rope_layer_interval": 2},
     "xlm": {"causal": True},
     "xlnet": {"d_head": 16, "d_inner": FFN},
-    "xlstm": {"num_blocks": LAYERS, "embedding_dim": 64},
+    "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         **{"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "n_mamba_heads": 2},
@@ -240,13 +280,16 @@ def small_config(config_class: type, vocabulary: int, overrides: dict) -> PreTra
     for name, subclass in (config_class.sub_configs or {}).items():
         if name in overrides and not isinstance(overrides[name], dict):
             continue
-        if subclass is AutoConfig:
-            default = getattr(config_class(), name, None)
-            if default is None:
+        if subclass is AutoConfig:  # a default says which family's
+            model_type = getattr(getattr(config_class, "sub_configs_defaults", {}).get(name), "model_type", None)
+            default = None if model_type else getattr(config_class(), name, None)
+            if model_type is None and default is None:
                 continue
-            subclass = type(default)
+            subclass = CONFIG_MAPPING[model_type] if model_type else type(default)
         arguments[name] = small_config(subclass, vocabulary, overrides.get(name, {}))
-    arguments.update({name: value for name, value in overrides.items() if not isinstance(arguments.get(name), PreTrainedConfig)})
+    arguments.update(
+        {name: value for name, value in overrides.items() if not isinstance(arguments.get(name), PreTrainedConfig)}
+    )
     return config_class(**arguments)
 
 
@@ -279,3 +322,75 @@ def randomise(model: PreTrainedModel) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith(("correction_bias", "expert_bias", "layer_scalar")):
             buffer.add_(torch.randn_like(buffer), alpha=0.1)
+
+
+def accepts(forward, name: str) -> bool:
+    """Whether a forward takes the argument by name, as opposed to swallowing it among others."""
+    return name in inspect.signature(forward).parameters
+
+
+@torch.no_grad()
+def facts(kind: str, vocabulary: int = 97) -> dict[str, object]:
+    """What a family's own forward does with token ids: sizes, shape, causality, padding, arguments."""
+    start = time.perf_counter()
+    model = small_family(kind, vocabulary)
+    generator = torch.Generator().manual_seed(1)
+    finite, shape = True, ()
+    for length in (5, 60):
+        logits = model(input_ids=torch.randint(1, vocabulary - 7, (2, length), generator=generator)).logits
+        finite, shape = finite and bool(logits.isfinite().all()), tuple(logits.shape)
+    ids = torch.randint(1, vocabulary - 7, (2, 40), generator=generator)
+    changed = torch.cat([ids[:, :21], torch.randint(1, vocabulary - 7, (2, 19), generator=generator)], dim=1)
+    both = model(input_ids=ids).logits
+    causal = (model(input_ids=changed).logits - both)[:, :21].abs().max().item()
+    mask = torch.ones_like(ids)
+    mask[1, 23:] = 0
+    masked = {"attention_mask": mask} if accepts(model.forward, "attention_mask") else {}
+    padded = model(input_ids=ids * mask, **masked).logits
+    alone = model(input_ids=ids[1:, :23]).logits
+    padding = max((padded[1:, :23] - alone).abs().max().item(), (padded[:1] - both[:1]).abs().max().item())
+    head = model.get_output_embeddings()
+    names = {"inputs_embeds": "E", "past_key_values": "P", "position_ids": "I", "attention_mask": "M", "logits_to_keep": "K"}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": time.perf_counter() - start,
+        "shape": shape,
+        "finite": finite,
+        "spread": logits.float().std().item(),
+        "causal": causal,
+        "padding": padding,
+        "head": type(head).__name__,
+        "tied": head is not None and getattr(head, "weight", 0) is model.get_input_embeddings().weight,
+        "base_is_model": model.base_model is model,
+        "forward": "".join(letter for name, letter in names.items() if accepts(model.forward, name)),
+        "base": "".join(letter for name, letter in names.items() if accepts(model.base_model.forward, name)),
+    }
+
+
+def line(kind: str) -> str:
+    """A printed line about the family; an exception's first words where it cannot be built or run."""
+    try:
+        f = facts(kind)
+    except Exception as error:  # whatever a family fails with is the answer
+        return f"{kind:26} no   {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    causal = "causal" if f["causal"] < 1e-4 else f"SEES LATER TOKENS ({f['causal']:.2g})"
+    padding = "padding ok" if f["padding"] < 1e-4 else f"PADDING CHANGES IT ({f['padding']:.2g})"
+    finite = f"finite std {f['spread']:.2f}" if f["finite"] else "NOT FINITE"
+    return (
+        f"{kind:26} yes {f['parameters']:9,} {f['seconds']:5.2f}s {f['shape']} {finite} | {causal} | {padding} | "
+        f"{f['head']}{' tied' if f['tied'] else ''}{' | base_model is the model' if f['base_is_model'] else ''} | "
+        f"forward {f['forward']} | base {f['base']}"
+    )
+
+
+def main(kinds: list[str]) -> None:
+    print("E inputs_embeds, P past_key_values, I position_ids, M attention_mask, K logits_to_keep\n")
+    for kind in kinds or sorted({*families(), *REASONS}):
+        reason = f" ({REASONS[kind]})" if kind in REASONS else ""
+        print(line(kind) + reason, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    main(sys.argv[1:])
