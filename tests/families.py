@@ -26,10 +26,10 @@ VARIANTS = {
 
 REASONS: dict[str, str] = {
     "gemma3n": "its vision tower needs the package timm",
-    "gemma4_assistant": "every layer reads keys of another model, which token ids alone do not give",
-    "gemma4_unified_assistant": "every layer reads keys of another model, which token ids alone do not give",
-    "musicgen": "its configuration is the encoder-decoder's, from which the decoder alone cannot be built",
-    "musicgen_melody": "its configuration is the encoder-decoder's, from which the decoder alone cannot be built",
+    "gemma4_assistant": "every layer reads keys of another model, so it needs embeddings and those keys, not token ids",
+    "gemma4_unified_assistant": "every layer reads keys of another model, so it needs embeddings and those keys, not token ids",
+    "musicgen": "its class reads the decoder's settings from the configuration, which is the encoder-decoder's",
+    "musicgen_melody": "its class reads the decoder's settings from the configuration, which is the encoder-decoder's",
 }
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, POSITIONS, WINDOW = 64, 96, 4, 2, 8, 4, 512, 9
