@@ -22,12 +22,14 @@ VARIANTS = {
     "falcon-alibi": ("falcon", {"alibi": True}),
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "opt-projected": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    "reformer-local": ("reformer", {"attn_layers": ["local"] * 4}),
+    "xlnet-uni": ("xlnet", {"attn_type": "uni"}),
 }
 
 REASONS: dict[str, str] = {
     "gemma3n": "its vision tower needs the package timm",
-    "gemma4_assistant": "every layer reads keys of another model, so it needs embeddings and those keys, not token ids",
-    "gemma4_unified_assistant": "every layer reads keys of another model, so it needs embeddings and those keys, not token ids",
+    "gemma4_assistant": "every layer reads keys of another model, which it needs beside embeddings",
+    "gemma4_unified_assistant": "every layer reads keys of another model, which it needs beside embeddings",
     "musicgen": "its class reads the decoder's settings from the configuration, which is the encoder-decoder's",
     "musicgen_melody": "its class reads the decoder's settings from the configuration, which is the encoder-decoder's",
 }
