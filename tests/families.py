@@ -23,7 +23,6 @@ VARIANTS = {
     "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "opt-projected": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
     "reformer-local": ("reformer", {"attn_layers": ["local"] * 4}),
-    "xlnet-uni": ("xlnet", {"attn_type": "uni"}),
 }
 
 REASONS: dict[str, str] = {
