@@ -15,14 +15,22 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-BIDIRECTIONAL = "bert-bidirectional"  # the negative case: a bert whose earlier tokens see the later ones
+# Kinds beyond the families' own names: the family, and settings to change
+VARIANTS = {
+    "bert-bidirectional": ("bert", {"is_decoder": False}),  # a negative case: earlier tokens see the later ones
+    "doge-experts": ("doge", {"is_moe": True}),  # a negative case: its experts' router mixes tokens and rows
+    "falcon-alibi": ("falcon", {"alibi": True}),
+    "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "opt-projected": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    "reformer-local": ("reformer", {"attn_layers": ["local"] * 4}),
+}
 
 REASONS: dict[str, str] = {
     "gemma3n": "its vision tower needs the package timm",
-    "gemma4_assistant": "every layer reads keys of another model, which token ids alone do not give",
-    "gemma4_unified_assistant": "every layer reads keys of another model, which token ids alone do not give",
-    "musicgen": "its configuration is the encoder-decoder's, from which the decoder alone cannot be built",
-    "musicgen_melody": "its configuration is the encoder-decoder's, from which the decoder alone cannot be built",
+    "gemma4_assistant": "every layer reads keys of another model, which it needs beside embeddings",
+    "gemma4_unified_assistant": "every layer reads keys of another model, which it needs beside embeddings",
+    "musicgen": "its class reads the decoder's settings from the configuration, which is the encoder-decoder's",
+    "musicgen_melody": "its class reads the decoder's settings from the configuration, which is the encoder-decoder's",
 }
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, POSITIONS, WINDOW = 64, 96, 4, 2, 8, 4, 512, 9
@@ -57,7 +65,7 @@ SMALL = {
     "v_head_dim": 16,
     "max_window_layers": 2,
     "index_head_dim": 16,
-    "index_n_heads": 4,
+    "index_n_heads": 16,  # few heads leave many keys with a score of exactly zero, and ties
     "index_topk": 12,
     # state spaces, linear attention and convolutions
     "linear_num_key_heads": 2,
@@ -140,7 +148,7 @@ QWEN4 = {
     "heads_per_ngram": 2,
     "make_ngram_vocab_size_divisible_by": 8,
     "split_ngram_parts": 1,
-    "indexer_n_heads": 4,
+    "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 8,
     "indexer_budget": 12,
@@ -169,7 +177,6 @@ INKLING = {
 }
 KDA = {"linear_head_dim": 8, "linear_num_heads": 4, "num_expert_group": 1}
 OVERRIDES: dict[str, dict] = {
-    BIDIRECTIONAL: {"is_decoder": False},
     "afmoe": {"mup_enabled": True, "global_attn_every_n_layers": 2},
     "bailing_hybrid": KDA | {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16},
@@ -207,7 +214,7 @@ OVERRIDES: dict[str, dict] = {
         "hc_mult": 2,
         "index_topk": 4,
     },
-    "doge": {"is_moe": True, "keep_window_size": WINDOW},
+    "doge": {"keep_window_size": WINDOW},
     "dots1": {"layer_types": SLIDING_FULL},
     "dots3_note": {
         "text_config": DOTS3,
@@ -229,7 +236,7 @@ OVERRIDES: dict[str, dict] = {
     "gemma4": {"text_config": GEMMA4_EXPERTS},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_text": GEMMA4,
-    "gemma4_unified": {"text_config": GEMMA4_UNIFIED},
+    "gemma4_unified": {"text_config": GEMMA4_UNIFIED, "vision_config": {"mm_embed_dim": 64, "patch_size": 4}},
     "gemma4_unified_text": GEMMA4_UNIFIED,
     "got_ocr2": {"text_config": {"layer_types": SLIDING_FULL}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -267,7 +274,7 @@ OVERRIDES: dict[str, dict] = {
         "dense_intermediate_size": FFN,
         "rotary_dim": 4,
         "index_head_dim": 8,
-        "index_n_heads": 2,
+        "index_n_heads": 4,
         "index_block_size": 4,
         "index_topk_blocks": 3,
     },
@@ -362,14 +369,13 @@ def small_config(config_class: type, vocabulary: int, overrides: dict) -> PreTra
 
 def families() -> list[str]:
     """The kinds that `small_family` builds, sorted."""
-    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, BIDIRECTIONAL} - REASONS.keys())
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS} - REASONS.keys())
 
 
 def small_family(kind: str, vocabulary: int, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A small model of the family with random weights, all of them large enough to matter, in eval mode."""
-    overrides = OVERRIDES.get(kind, {})
-    config_class = CONFIG_MAPPING["bert" if kind == BIDIRECTIONAL else kind]
-    config = small_config(config_class, vocabulary, overrides)
+    family, changes = VARIANTS.get(kind, (kind, {}))
+    config = small_config(CONFIG_MAPPING[family], vocabulary, OVERRIDES.get(family, {}) | changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     randomise(model)
