@@ -143,6 +143,8 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
         refuse_reading_ahead(model, inputs, tolerance.logits)
         with torch.no_grad():
             expected = {i: float(alone.nll(np.array([i])).sum()) for i in [*short.tolist(), longest]}
+        alone.nll(short[:1]).sum().backward()
+        model.zero_grad()
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # other people's code; there is no way left to go
