@@ -265,6 +265,121 @@ def test_free_search_is_generate_without_a_constraint():
         assert found[1].tolist() == out[:, len(prompts[1]) :].tolist()
 
 
+def random_sids(rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """A catalogue of depth 1 to 5 as token ids from 1 up; what begins a SID is, by a random share, a SID too."""
+    depth, codes, share = int(rng.integers(1, 6)), int(rng.integers(1, 6)), rng.random()
+    step = codes if rng.random() < 0.7 else 0  # 0: the same tokens on every level
+    sids = {
+        tuple(int(1 + level * step + rng.integers(codes)) for level in range(rng.integers(1, depth + 1)))
+        for _ in range(rng.integers(1, 40))
+    }
+    sids |= {sid[:size] for sid in sorted(sids) for size in range(1, len(sid)) if rng.random() < share}
+    return [sorted(sids)[i] for i in rng.permutation(len(sids))]
+
+
+@torch.no_grad()
+def prefix_scores(model, prompt: np.ndarray, sequences: list[list[int]]) -> dict[tuple[int, ...], float]:
+    """The log p of every beginning of some sequences, from the plain forward of each sequence."""
+    size = len(prompt) + max(map(len, sequences))
+    rows = [[*prompt, *sequence] for sequence in sequences]
+    log_p = model(torch.tensor([row + [0] * (size - len(row)) for row in rows])).logits.log_softmax(-1)
+    found = {(): 0.0}
+    for sequence, steps in zip(sequences, log_p[:, len(prompt) - 1 :], strict=True):
+        for level, token in enumerate(sequence):
+            found[tuple(sequence[: level + 1])] = found[tuple(sequence[:level])] + steps[level, token].item()
+    return found
+
+
+def best_first(written: list[tuple[int, ...]], scores: dict[tuple[int, ...], float], size: int) -> list[tuple[int, ...]]:
+    return sorted(written, key=lambda tokens: -scores[tokens])[:size]
+
+
+def plain_beams(scores: dict[tuple[int, ...], float], whole: set[tuple[int, ...]], num_beams: int) -> list[tuple[int, ...]]:
+    """Beam search in plain words: each level keeps its best unfinished beginnings; what is whole waits, and takes no beam."""
+    beams, finished = [()], []
+    while beams:
+        children = [tokens for tokens in scores if tokens and tokens[:-1] in beams]
+        finished += [tokens for tokens in children if tokens in whole]
+        beams = best_first([tokens for tokens in children if tokens not in whole], scores, num_beams)
+    return best_first(finished, scores, num_beams)
+
+
+def check_search(sids: list[tuple[int, ...]], all_beams: list[int], *, tied: bool) -> None:
+    """The search's lists and scores are those of plain_beams; with a beam for each beginning, those of all sequences."""
+    model = small_model("qwen2", 30, tie_word_embeddings=tied).eval()
+    prompts = [np.array([3, 21, 22, 23, 24][:size] + [25] * extra) for size, extra in ((5, 1), (3, 0), (5, 4))]
+    sequences = score_sequences(sids, 0)
+    trie = build_trie(sequences)
+    numbers = {tuple(sequence): number for number, sequence in enumerate(sequences)}
+    scores = [prefix_scores(model, prompt, sequences) for prompt in prompts]
+    for num_beams, decoder in itertools.product([*all_beams, len(scores[0])], decoders_of(model, prompts)):
+        found = search(decoder, trie, prompts, num_beams)
+        for place in range(len(prompts)):
+            exhaustive = num_beams >= len(scores[place])
+            whole = set(numbers)
+            expected = (
+                best_first(list(whole), scores[place], len(whole))
+                if exhaustive
+                else plain_beams(scores[place], whole, num_beams)
+            )
+            shown = f"{sids}, {num_beams} beams, {type(decoder).__name__}"
+            assert found.leaf[place].tolist() == [numbers[tokens] for tokens in expected], shown
+            assert np.allclose(found.score[place], [scores[place][tokens] for tokens in expected], atol=1e-4, rtol=0), shown
+            assert len(expected) == min(num_beams, len(sids)), "as many as asked for, or the whole catalogue"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_catalogue_is_searched_as_in_plain_words(seed):
+    rng = np.random.default_rng(seed)
+    sids = random_sids(rng)
+    check_search(sids, [1, 2, int(rng.integers(3, 3 + len(sids)))], tied=bool(seed % 2))
+
+
+NARROW = {
+    "one SID": [(1, 5, 9)],
+    "one SID of one token": [(1,)],
+    "depth 1": [(1,), (2,), (3,), (4,)],
+    "each begins the next": [(1,), (1, 5), (1, 5, 9), (1, 5, 9, 13)],
+    "an appended item beside an old one": [
+        *((1, 12, 15), (1, 12, 17), (1, 14, 18), (3, 14, 18), (4, 12, 17), (4, 13, 16)),
+        *((3, 11, 15), (3, 11, 15, 24)),
+    ],
+    "a long SID beside many short ones": [(1, 5, 9, 13, 17), *((token,) for token in range(2, 12))],
+}
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_a_catalogue_in_which_beams_run_out_is_searched_to_its_end(case):
+    check_search(NARROW[case], [1, 2, 3, 50], tied=True)
+
+
+@torch.no_grad()
+def plain_free_beams(model, prompt: np.ndarray, num_beams: int, levels: int, end: int) -> list[list[int]]:
+    """Beam search over all tokens in plain words: what has ended goes on with ends, which cost nothing."""
+    beams = [((), 0.0)]
+    for _ in range(levels):
+        candidates = []
+        for written, score in beams:
+            if end in written:
+                candidates.append(((*written, end), score))
+                continue
+            log_p = model(torch.tensor([[*prompt, *written]])).logits[0, -1].log_softmax(-1).tolist()
+            candidates += [((*written, token), score + step) for token, step in enumerate(log_p)]
+        beams = sorted(candidates, key=lambda candidate: -candidate[1])[:num_beams]
+    return [list(written) for written, _ in beams]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 5, 7, 20, 21, 500])
+def test_free_search_takes_more_beams_than_there_are_tokens_or_even_sequences(num_beams):
+    """5 tokens of which one ends: 5 sequences of one level, 1 + 4 x 5 = 21 of two, 1 + 4 x 21 = 85 of three."""
+    model = small_model("qwen2", 5, tie_word_embeddings=False).eval()
+    prompts = [np.array(prompt) for prompt in ([1, 2, 3], [1, 2], [1, 4, 4, 2])]
+    for decoder, levels in itertools.product(decoders_of(model, prompts), (1, 2, 3)):
+        found = search_freely(decoder, prompts, num_beams, levels=levels, end_id=0).tolist()
+        assert found == [plain_free_beams(model, prompt, num_beams, levels, 0) for prompt in prompts]
+        assert len(found[0]) == min(num_beams, {1: 5, 2: 21, 3: 85}[levels])
+
+
 # ---------------------------------------------------------------------------------------------- metrics
 
 
