@@ -649,7 +649,7 @@ def result_lines(metrics: dict[str, Any], *, with_train: bool) -> list[str]:
     lines += [
         f"{main.upper()} of this model: 95 % interval {low:.4f} to {high:.4f} (users drawn with replacement)",
         f"New items only ({fresh['rows']:,} rows, history taken out of the list): {main.upper()} {fresh[main]:.4f}",
-        f"Share of rows where one of the first {k} agrees with the truth down to "
+        f"Share of all rows where one of the first {k} agrees with the truth down to "
         + ", ".join(f"level {name.removeprefix('level')}: {value:.3f}" for name, value in recall.items()),
         f"Of all SIDs {100 * metrics['breadth'][f'coverage@{k}']:.1f} % stand among the first {k} of some row"
         + (f"; these are {x:.1f} times as popular as what was bought" if (x := popularity_of(metrics, k)) else ""),
@@ -708,7 +708,7 @@ def draw(path: Path, metrics: dict[str, Any]) -> None:
         axis.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=1)
     axis.set_xticks(range(depth), [f"level {level}" for level in range(1, depth + 1)])
     axis.set_ylim(0, 1.3 * max(metrics["levels"].values()) + 0.01)
-    axis.set_title("Right down to level, this model")
+    axis.set_title("Right down to level, share of all rows, this model")
     axis.legend(frameon=False, loc="upper right")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -295,7 +295,7 @@ def best_first(written: list[tuple[int, ...]], scores: dict[tuple[int, ...], flo
 
 
 def plain_beams(scores: dict[tuple[int, ...], float], whole: set[tuple[int, ...]], num_beams: int) -> list[tuple[int, ...]]:
-    """Beam search in plain words: each level keeps its best unfinished beginnings; what is whole waits, and takes no beam."""
+    """Beam search in plain words: each level keeps its best unfinished beginnings; what is whole waits apart."""
     beams, finished = [()], []
     while beams:
         children = [tokens for tokens in scores if tokens and tokens[:-1] in beams]
@@ -432,10 +432,32 @@ def test_without_history_drops_it_from_lists_and_rows():
     assert means(found["item_without_history"])["rows"] == 2  # the twin of a bought item is new as an item
 
 
-def test_level_recall_counts_the_rows_that_reach_a_level():
+def test_level_recall_counts_every_row_at_every_level():
+    """The truth of the first row is a_0 b_0, found is a_0 b_1: it still counts, as wrong, at the level it does not reach."""
     table = sid_table(TOY, Counter())
     found = level_recall([[1], [2]], [0, 2], table, (1,))
-    assert found == {"level1@1": 1.0, "level2@1": 0.5, "level3@1": 1.0}
+    assert found == {"level1@1": 1.0, "level2@1": 0.5, "level3@1": 0.5}
+
+
+def test_a_sid_that_begins_the_one_found_is_right_down_to_its_own_end_only():
+    table = sid_table(catalogue_of([("<a_0>", "<b_0>"), ("<a_0>", "<b_0>", "<c_0>")]), Counter())
+    right_down_to = {"level1@1": 1.0, "level2@1": 1.0}
+    assert level_recall([[1]], [0], table, (1,)) == right_down_to | {"level3@1": 0.0}
+    assert level_recall([[0]], [1], table, (1,)) == right_down_to | {"level3@1": 0.0}
+    assert level_recall([[0]], [0], table, (1,)) == right_down_to | {"level3@1": 1.0}
+
+
+def test_level_recall_never_rises_and_ends_with_the_hit_rate():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        table = sid_table(catalogue_of([tuple(map(str, sid)) for sid in random_sids(rng)]), Counter())
+        lists = [rng.permutation(len(table.sids)).tolist() for _ in range(30)]
+        targets = rng.integers(len(table.sids), size=30).tolist()
+        hits = means(row_values(ranks_of(lists, targets), (1, 3)))
+        for k in (1, 3):
+            shares = [share for name, share in level_recall(lists, targets, table, (1, 3)).items() if name.endswith(f"@{k}")]
+            assert shares == sorted(shares, reverse=True)
+            assert shares[-1] == pytest.approx(hits[f"hr@{k}"])
 
 
 def test_breadth_is_coverage_and_popularity_against_what_was_bought():
