@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, SHARED, byte_bpe, small_model
 from sklearn.metrics import ndcg_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
 from beam_search import (
@@ -31,6 +31,7 @@ from data import (
     DEFAULT_TASKS,
     TASKS,
     Catalogue,
+    InputError,
     Item,
     Row,
     read_catalogue,
@@ -536,6 +537,40 @@ def test_the_batch_size_changes_no_recommendation():
     assert np.allclose(one.score, many.score, atol=1e-4)
 
 
+def evaluator_of(sids: list[tuple[str, ...]], rows: list[Row], **settings) -> tuple[evaluate.Evaluator, PreTrainedModel]:
+    """An evaluator of some rows on a toy catalogue, and an untied model."""
+    tokenizer = byte_bpe(TEXT, 300)
+    add_sid_tokens(tokenizer, sorted({token for sid in sids for token in sid}))
+    model = small_model("qwen2", len(tokenizer), tie_word_embeddings=False).eval()
+    return evaluate.Evaluator(tokenizer, catalogue_of(sids), WORDING, rows, **settings), model
+
+
+def test_a_value_that_is_no_number_is_told_though_only_the_last_rows_meet_it():
+    rows = [Row("u", (place % 5,) * (1 + place // 5), 3) for place in range(20)]
+    rows[-1] = Row("u", (19,) * 4, 3)
+    evaluator, model = evaluator_of([*FIXED[:19], ("<x_0>", *FIXED[19][1:])], rows, num_beams=1, batch_size=4)
+    evaluator.recommend(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[evaluator.sids[19][0], 5] = torch.nan
+    with pytest.raises(InputError, match=r"^the model: model.embed_tokens.weight holds 1 values that are NaN or infinite, "):
+        evaluator.metrics(model)
+
+
+def test_finite_weights_that_overflow_are_told_too():
+    evaluator, model = evaluator_of(FIXED, shop_rows(4, len(FIXED)), model_name="--base_model run")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(3e38)
+    with pytest.raises(InputError, match="^--base_model run: its weights are finite but overflow in float32, "):
+        evaluator.recommend(model)
+
+
+def test_more_beams_than_sids_find_each_sid_once_with_and_without_the_constraint():
+    sids = [("<a_0>",), ("<a_0>", "<b_0>"), ("<a_1>", "<b_1>")]
+    evaluator, model = evaluator_of(sids, shop_rows(6, 3), num_beams=1000)
+    assert np.sort(evaluator.recommend(model).sid, axis=1).tolist() == [[0, 1, 2]] * 6
+    assert [len(set(beams)) for beams in evaluator.recommend_freely(model, np.arange(6))] == [3] * 6
+
+
 # ---------------------------------------------------------------------------------------------- the command
 
 
@@ -623,6 +658,33 @@ def test_a_run_leaves_metrics_predictions_a_picture_and_examples_in_words(store,
     assert "Product number" in out
 
 
+def test_an_index_with_appended_items_and_more_beams_than_tokens_is_evaluated_to_the_end(store, tmp_path, capsys, caplog):
+    """What rq.generate_indices --append leaves: 10 new items, each with one more token than an old one's SID."""
+    base = byte_bpe(TEXT, 300)
+    sids = [*FIXED, *(sid + ("<d_0>",) for sid in FIXED[5:15])]
+    add_sid_tokens(base, sorted({token for sid in sids for token in sid}))
+    model = tmp_path / "model"
+    base.save_pretrained(model)
+    small_model("qwen2", len(base), tie_word_embeddings=True).eval().save_pretrained(model)
+    (model / "prompts.json").write_text((store / "model" / "prompts.json").read_text())
+    catalogue = catalogue_of(sids)
+    (tmp_path / "X.index.json").write_text(json.dumps({item.id: item.sid for item in catalogue.items}))
+    write_rows(tmp_path / "X.test.csv", catalogue, shop_rows(30, len(sids)))
+    files = {"base_model": model, "test_file": tmp_path / "X.test.csv", "sid_index_path": tmp_path / "X.index.json"}
+    for beams in (2, 5, 1000):
+        flags = arguments_of(
+            store, **files, train_file="", item_meta_path="", num_beams=beams, output_dir=tmp_path / str(beams)
+        )
+        assert evaluate.main(flags) == 0, caplog.text
+        metrics = json.loads((tmp_path / str(beams) / "metrics.json").read_text())
+        shares = [metrics["levels"][f"level{level}@1"] for level in (1, 2, 3, 4)]
+        assert shares == sorted(shares, reverse=True)
+    assert metrics["sid"]["hr@50"] == 1, "1000 beams hold all 30 SIDs"
+    recommend = arguments_of(store, **files, train_file="", item_meta_path="", recommend="110 | 125", num_beams=5)
+    assert evaluate.main(recommend) == 0
+    assert capsys.readouterr().out.count(", p ") == 5
+
+
 def test_the_prompt_is_the_one_in_the_checkpoint(store, tmp_path):
     other = tmp_path / "model"
     other.mkdir()
@@ -673,6 +735,22 @@ def test_what_a_user_can_mend_ends_in_one_line(store, caplog, case):
     assert error.startswith("evaluate.py: ")
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("flags", [{}, {"recommend": "103"}], ids=["all rows", "recommend"])
+def test_a_model_that_is_not_finite_is_told_in_one_line(store, tmp_path, caplog, flags):
+    model = AutoModelForCausalLM.from_pretrained(store / "model")
+    with torch.no_grad():
+        model.model.norm.weight[:3] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(store / "model").save_pretrained(tmp_path / "model")
+    assert evaluate.main(arguments_of(store, base_model=tmp_path / "model", **flags)) == 2
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    expected = (
+        f"evaluate.py: --base_model {tmp_path / 'model'}: model.norm.weight holds 3 values that are NaN or infinite, so"
+    )
+    assert error.startswith(expected)
+    assert not (tmp_path / "model" / "evaluation").exists()
 
 
 def test_an_index_whose_tokens_the_model_lacks_is_refused(store, caplog):
