@@ -753,7 +753,7 @@ def draw(path: Path, metrics: dict[str, Any]) -> None:
         axis.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=1)
     axis.set_xticks(range(depth), [f"level {level}" for level in range(1, depth + 1)])
     axis.set_ylim(0, 1.3 * max(metrics["levels"].values()) + 0.01)
-    axis.set_title("Right down to level, share of all rows, this model")
+    axis.set_title("Right down to level, all rows, this model")
     axis.legend(frameon=False, loc="upper right")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

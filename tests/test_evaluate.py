@@ -310,19 +310,19 @@ def check_search(sids: list[tuple[int, ...]], all_beams: list[int], *, tied: boo
     model = small_model("qwen2", 30, tie_word_embeddings=tied).eval()
     prompts = [np.array([3, 21, 22, 23, 24][:size] + [25] * extra) for size, extra in ((5, 1), (3, 0), (5, 4))]
     sequences = score_sequences(sids, 0)
+    for sid, sequence in zip(sids, sequences, strict=True):
+        ambiguous = any(sid[: len(other)] == other or other[: len(sid)] == sid for other in sids if other != sid)
+        assert sequence == [*sid, 0] if ambiguous else sequence == list(sid)
     trie = build_trie(sequences)
     numbers = {tuple(sequence): number for number, sequence in enumerate(sequences)}
     scores = [prefix_scores(model, prompt, sequences) for prompt in prompts]
     for num_beams, decoder in itertools.product([*all_beams, len(scores[0])], decoders_of(model, prompts)):
         found = search(decoder, trie, prompts, num_beams)
         for place in range(len(prompts)):
-            exhaustive = num_beams >= len(scores[place])
-            whole = set(numbers)
-            expected = (
-                best_first(list(whole), scores[place], len(whole))
-                if exhaustive
-                else plain_beams(scores[place], whole, num_beams)
-            )
+            if num_beams < len(scores[place]):
+                expected = plain_beams(scores[place], set(numbers), num_beams)
+            else:
+                expected = best_first(list(numbers), scores[place], num_beams)
             shown = f"{sids}, {num_beams} beams, {type(decoder).__name__}"
             assert found.leaf[place].tolist() == [numbers[tokens] for tokens in expected], shown
             assert np.allclose(found.score[place], [scores[place][tokens] for tokens in expected], atol=1e-4, rtol=0), shown
