@@ -286,7 +286,8 @@ def child_scores(
     normaliser = normalisers(model, hidden, first)
     last = (unscaled - normaliser[:, :, None]).flatten(1).topk(size)[0][:, -1:]
     second = ~first & (bound.amax(2) + SLACK > last)
-    return unscaled - normaliser.minimum(normalisers(model, hidden, second))[:, :, None]
+    total = unscaled - normaliser.minimum(normalisers(model, hidden, second))[:, :, None]
+    return total.masked_fill(~exists, -torch.inf)  # a NaN normaliser made NaN of -inf
 
 
 @torch.no_grad()

@@ -354,6 +354,22 @@ def test_a_catalogue_in_which_beams_run_out_is_searched_to_its_end(case):
     check_search(NARROW[case], [1, 2, 3, 50], tied=True)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_model_that_is_not_finite_is_searched_to_the_end_and_its_nan_stands_first(seed):
+    rng = np.random.default_rng(seed)
+    sids = random_sids(rng)
+    prompts = [np.array([26, 27, 28]), np.array([26, 29])]
+    model = small_model("qwen2", 30, tie_word_embeddings=False).eval()
+    trie = build_trie(score_sequences(sids, 0))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1] = torch.nan  # the beams that go on from this token alone
+        for decoder, num_beams in itertools.product(decoders_of(model, prompts), (1, 3, 50)):
+            search(decoder, trie, prompts, num_beams)
+        model.get_input_embeddings().weight[26] = torch.nan  # every prompt
+    for decoder, num_beams in itertools.product(decoders_of(model, prompts), (1, 3, 50)):
+        assert search(decoder, trie, prompts, num_beams).score[:, 0].isnan().all()
+
+
 @torch.no_grad()
 def plain_free_beams(model, prompt: np.ndarray, num_beams: int, levels: int, end: int) -> list[list[int]]:
     """Beam search over all tokens in plain words: what has ended goes on with ends, which cost nothing."""
