@@ -226,12 +226,24 @@ class Found(NamedTuple):
     score: Tensor
 
 
+def head_logits(model: PreTrainedModel, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """The logits (..., V) of hidden states (..., D), or (..., T) those of some `tokens` (T,) alone."""
+    head = model.get_output_embeddings()
+    if tokens is None:
+        return finish_logits(model, head(hidden))
+    bias = None if head.bias is None else head.bias[tokens]
+    return finish_logits(model, F.linear(hidden, head.weight[tokens], bias))
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
 def full_logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[Tensor]:
     """The logits over the whole vocabulary (some, V) of hidden states (n, D), a chunk at a time."""
-    head = model.get_output_embeddings()
     values = CACHED_LOGITS if hidden.device.type == "cpu" else LARGE_ROOM.logits
-    for part in hidden.split(max(1, values // head.weight.shape[0])):
-        yield finish_logits(model, head(part))
+    for part in hidden.split(max(1, values // vocabulary_size(model))):
+        yield head_logits(model, part)
 
 
 def normalisers(model: PreTrainedModel, hidden: Tensor, needed: Tensor) -> Tensor:
@@ -264,9 +276,7 @@ def child_scores(
     log-sum-exp, the dear part, is at least theirs, so with theirs a score can only be too high. The true log-sum-exp is
     computed for the beams that look best, then for all whose upper bound still reaches the last of the wanted.
     """
-    head = model.get_output_embeddings()
-    bias = None if head.bias is None else head.bias[level_tokens]
-    logits = finish_logits(model, F.linear(hidden, head.weight[level_tokens], bias))
+    logits = head_logits(model, hidden, level_tokens)
     unscaled = (score[:, :, None] + logits.gather(2, column)).masked_fill(~exists, -torch.inf)
     bound = unscaled - logits.logsumexp(2, keepdim=True)
     first = torch.zeros_like(score, dtype=torch.bool)
@@ -275,7 +285,8 @@ def child_scores(
     normaliser = normalisers(model, hidden, first)
     last = (unscaled - normaliser[:, :, None]).flatten(1).topk(size)[0][:, -1:]
     second = ~first & (bound.amax(2) + SLACK > last)
-    return unscaled - normaliser.minimum(normalisers(model, hidden, second))[:, :, None]
+    total = unscaled - normaliser.minimum(normalisers(model, hidden, second))[:, :, None]
+    return total.masked_fill(~exists, -torch.inf)  # a NaN normaliser made NaN of -inf
 
 
 @torch.no_grad()
@@ -283,7 +294,8 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
     """The `num_beams` best sequences of the trie for each prompt, best first.
 
     Sequences that end above the deepest level wait in a list of their own and do not use up beams. There are never
-    more beams than nodes, and a beam that a level has no node for keeps the score -inf, so none is invalid or double.
+    more beams than nodes; a beam that a level has no node for has run out: it keeps the score -inf and has no children,
+    so none is invalid or double. As each beam leads to a sequence, `num_beams` are found, or all that there are.
     """
     device = decoder.model.device
     hidden = decoder.begin(prompts)
@@ -293,7 +305,8 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
     wanted = min(num_beams, trie.sequences)
     for level in range(trie.depth):
         child = trie.start[node][:, :, None] + torch.arange(trie.fan_out[level], device=device)
-        exists = child < trie.start[node + 1][:, :, None]
+        alive = score != -torch.inf  # a beam that has run out stands at a node of another level, say the root
+        exists = (child < trie.start[node + 1][:, :, None]) & alive[:, :, None]
         child = child.where(exists, 0)
         both = trie.ends[level] and trie.inner[level]  # two lists of the best: every child is needed
         total = child_scores(
@@ -330,13 +343,16 @@ def best_tokens(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def search_freely(decoder: Decoder, prompts: list[np.ndarray], num_beams: int, *, levels: int, end_id: int) -> Tensor:
-    """What a beam search writes that knows no catalogue: tokens (B, K, levels), best first, only ends after an end."""
+    """What a beam search writes that knows no catalogue: tokens (B, K, levels), best first, only ends after an end.
+
+    K is `num_beams`, or the number of all sequences of so many levels where there are fewer.
+    """
     device = decoder.model.device
     hidden = decoder.begin(prompts)
     score = torch.zeros(len(prompts), 1, device=device)
     written = torch.empty(len(prompts), 1, 0, dtype=torch.int64, device=device)
     for level in range(levels):
-        width = min(num_beams, decoder.model.get_output_embeddings().weight.shape[0])
+        width = min(num_beams, vocabulary_size(decoder.model))
         parts = [best_tokens(logits, width) for logits in full_logits(decoder.model, hidden.flatten(0, 1))]
         log_p, token = (torch.cat(part).unflatten(0, hidden.shape[:2]) for part in zip(*parts, strict=True))
         if level:
@@ -344,7 +360,9 @@ def search_freely(decoder: Decoder, prompts: list[np.ndarray], num_beams: int, *
             only = torch.arange(width, device=device) == 0
             token = token.where(~over, end_id)
             log_p = log_p.where(~over, torch.where(only, 0.0, -torch.inf))
-        score, picked = (score[:, :, None] + log_p).flatten(1).topk(num_beams)
+        total = (score[:, :, None] + log_p).flatten(1)
+        exist = int((total != -torch.inf).sum(1).min())
+        score, picked = total.topk(min(num_beams, exist))
         parent, token = picked // width, token.flatten(1).gather(1, picked)
         before = written.gather(1, parent[:, :, None].expand(-1, -1, level))
         written = torch.cat([before, token[:, :, None]], dim=2)
