@@ -34,6 +34,7 @@ from data import (
     InputError,
     Row,
     category_name,
+    error_text,
     one_line,
     read_catalogue,
     read_prompts,
@@ -57,7 +58,7 @@ from ranking import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,7 +129,7 @@ class Evaluator:
         self.sequences = score_sequences(self.sids, self.end_id)
         by_length = np.argsort([len(prompt) for prompt in self.prompts], kind="stable")
         self.batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        self.shares_prompts: bool | None = None  # which decoder serves the model; tried once
+        self.make_decoder: Callable[[PreTrainedModel], Decoder] | None = None  # what serves the model, once it is tried
 
     def recommend(self, model: PreTrainedModel, *, progress: bool = False) -> Recommended:
         """The best SIDs for every row."""
@@ -188,35 +189,46 @@ class Evaluator:
         yield from tqdm(own, desc="Recommending", unit="batch", disable=not progress or process > 0)
 
     def decoder(self, model: PreTrainedModel) -> Decoder:
-        """The decoder that shares prompts, where the model gives the same scores with it; tried once, on two rows."""
-        from beam_search import SharedPromptDecoder, WholeSequenceDecoder
+        if self.make_decoder is None:
+            self.make_decoder = self.choose_decoder(model)
+        return self.make_decoder(model)
 
-        if self.shares_prompts is None:
-            reason = self.why_not_shared(model)
-            self.shares_prompts = not reason
-            if reason:
-                logger.info(f"Beams do not share a prompt's keys and values ({reason}); this is slow, the result is right")
-        return SharedPromptDecoder(model, self.template) if self.shares_prompts else WholeSequenceDecoder(model)
-
-    def why_not_shared(self, model: PreTrainedModel) -> str:
+    def choose_decoder(self, model: PreTrainedModel) -> Callable[[PreTrainedModel], Decoder]:
+        """The fastest decoder with which two rows get the scores of the model's own forward; says where it is a slow one."""
         import torch
 
         from architecture import why_not_exact
-        from beam_search import SharedPromptDecoder, WholeSequenceDecoder, build_trie, search
+        from beam_search import OwnForwardDecoder, WholeSequenceDecoder, build_trie, search
 
-        if reason := why_not_exact(model):
-            return reason
         trie = build_trie(self.sequences, model.device)
         two = [self.prompts[i] for i in self.batches[0][:2]]
-        expected, found = (
-            search(decoder, trie, two, TRIAL_BEAMS).score
-            for decoder in (WholeSequenceDecoder(model), SharedPromptDecoder(model, self.template))
-        )
+        expected = search(OwnForwardDecoder(model), trie, two, TRIAL_BEAMS).score
         if not can_rank(expected):
             raise InputError(not_finite(self.model_name, model))
         tolerance = TRIAL_TOLERANCE if model.dtype in (torch.float32, torch.float64) else LOW_TOLERANCE
-        difference = float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
-        return f"scores differ by {difference:.0e}" if not difference <= tolerance else ""
+        ways = (
+            ("Beams do not share a prompt's keys and values", self.shared_decoder, why_not_exact(model)),
+            ("Beams go through the model's own forward", WholeSequenceDecoder, ""),
+        )
+        for otherwise, make, reason in ways:
+            if not reason:
+                try:
+                    found = search(make(model), trie, two, TRIAL_BEAMS).score
+                    difference = float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+                    if difference <= tolerance:
+                        return make
+                    reason = f"scores differ by {difference:.0e}"
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # other people's code: what it does not take is a reason to go another way
+                    reason = f"{type(error).__name__}: {error_text(error)[:100]}"
+            logger.info(f"{otherwise} ({reason}); this is slow, the result is right")
+        return OwnForwardDecoder
+
+    def shared_decoder(self, model: PreTrainedModel) -> Decoder:
+        from beam_search import SharedPromptDecoder
+
+        return SharedPromptDecoder(model, self.template)
 
 
 def can_rank(score: torch.Tensor) -> bool:

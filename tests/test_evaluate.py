@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, byte_bpe, small_model
+from families import small_family
 from sklearn.metrics import ndcg_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
 from beam_search import (
+    OwnForwardDecoder,
     SharedPromptDecoder,
     WholeSequenceDecoder,
     build_trie,
@@ -123,7 +125,11 @@ def brute_force(model, prompt: np.ndarray, sequences: list[list[int]]) -> tuple[
 
 
 def decoders_of(model, prompts: list[np.ndarray]) -> list:
-    return [SharedPromptDecoder(model, common_template(prompts)), WholeSequenceDecoder(model)]
+    return [
+        SharedPromptDecoder(model, common_template(prompts)),
+        WholeSequenceDecoder(model),
+        OwnForwardDecoder(model),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- beam search
@@ -225,6 +231,33 @@ def test_scores_know_what_an_architecture_does_to_its_logits(kind):
         order, scores = brute_force(model, prompt, sequences)
         assert np.allclose(found.score[place].numpy(), scores, atol=1e-4, rtol=0)
         assert found.leaf[place].tolist() == order
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoder"),
+    [
+        ("hyperclovax", "SharedPromptDecoder"),
+        ("deepseek_v3", "SharedPromptDecoder"),
+        ("falcon-alibi", "WholeSequenceDecoder"),
+        ("gemma4_text", "WholeSequenceDecoder"),
+        ("bert", "OwnForwardDecoder"),
+        ("falcon_h1", "OwnForwardDecoder"),
+        ("llama4_text", "OwnForwardDecoder"),
+    ],
+)
+def test_every_family_is_ranked_by_its_own_forward(kind, decoder):
+    """The fastest decoder that is right for a family is chosen, and its lists are those of the model's own logits."""
+    tokenizer = byte_bpe(TEXT)
+    add_sid_tokens(tokenizer, sorted({token for sid in MIXED for token in sid}))
+    model = small_family(kind, len(tokenizer))
+    rows = [Row("", (0,), 1), Row("", (1, 2, 0), 2)]
+    evaluator = evaluate.Evaluator(tokenizer, catalogue_of(MIXED), WORDING, rows, num_beams=100)
+    assert type(evaluator.decoder(model)).__name__ == decoder
+    found = evaluator.recommend(model)
+    for place, prompt in enumerate(evaluator.prompts):
+        order, scores = brute_force(model, prompt, evaluator.sequences)
+        assert np.allclose(found.score[place], scores, atol=1e-3, rtol=0)
+        assert found.sid[place].tolist() == order
 
 
 @pytest.mark.parametrize("num_beams", [1, 3, 9, 26, 1000])
