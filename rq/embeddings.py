@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rq.command_line import BadInput
+from rq.origin import Origin, Record, read_record
 
 CHUNK_BYTES = 128 * 2**20  # a chunk, its residual and its distances fit many times into the 6 GB promised
 SCATTERED_ROWS = 2_048  # touching one row maps the 64 KiB around it: 128 MiB at most for so many
@@ -24,6 +25,12 @@ class Embeddings:
     path: Path
     n_items: int
     n_dims: int
+    record: Record | None = None
+
+    @property
+    def origin(self) -> Origin | None:
+        """The encoder these rows are of, where that is known."""
+        return self.record.origin if self.record else None
 
     def __len__(self) -> int:
         return self.n_items
@@ -97,4 +104,4 @@ def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path 
         raise BadInput(
             f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; embed that file again with rq.text2emb"
         )
-    return Embeddings(path, *mapped.shape)
+    return Embeddings(path, *mapped.shape, record=read_record(path, mapped))

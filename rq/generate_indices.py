@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rq import command_line
-from rq.catalogue import read_items
+from rq.catalogue import item_text, read_items
 from rq.command_line import BadInput, log
+from rq.origin import sha256_of_texts
 from rq.whole_files import whole_file, whole_path
 
 if TYPE_CHECKING:
@@ -204,20 +205,31 @@ def finish(quantizer: "Quantizer", embeddings: "Embeddings", flags: argparse.Nam
     """What every quantizer ends in: assign all items, save the checkpoint, log the error, write codes and index."""
     from rq import quantizers
 
+    quantizers.take_origin(quantizer, embeddings)
     codes_NL = quantizers.encode(quantizer, embeddings, progress=True)
-    measured = embeddings.spread(MEASURED_ITEMS)
-    x_RD = embeddings.rows(measured)
-    errors = quantizers.squared_error(quantizer, x_RD, codes_NL[measured])
+    errors, left = reconstruction_error(quantizer, embeddings, codes_NL)
     log.info(
         "reconstruction error (MSE over %s items, input space) after each level: %s; share of variance left: %.4f",
-        f"{len(measured):,}",
+        f"{min(MEASURED_ITEMS, len(embeddings)):,}",
         ", ".join(f"{error:.3e}" for error in errors),
-        errors[-1] / max(float(x_RD.var(axis=0).mean()), MEASURABLE_VARIANCE),
+        left,
     )
     if flags.ckpt_path:
         quantizers.save_checkpoint(quantizer, flags.ckpt_path)
         log.info("wrote %s: the quantizer, for rq.generate_indices --append", flags.ckpt_path)
     publish(codes_NL, flags, quantizer=quantizer, embeddings=embeddings)
+
+
+def reconstruction_error(
+    quantizer: "Quantizer", embeddings: "Embeddings", codes_NL: "np.ndarray"
+) -> tuple[list[float], float]:
+    """Mean squared error after each level, and the share of variance left after the last, over up to MEASURED_ITEMS rows."""
+    from rq import quantizers
+
+    measured = embeddings.spread(MEASURED_ITEMS)
+    x_RD = embeddings.rows(measured)
+    errors = quantizers.squared_error(quantizer, x_RD, codes_NL[measured])
+    return errors, errors[-1] / max(float(x_RD.var(axis=0).mean()), MEASURABLE_VARIANCE)
 
 
 def append(flags: argparse.Namespace, *, quantizer: "Quantizer", embeddings: "Embeddings") -> None:
@@ -292,8 +304,18 @@ def open_data(flags: argparse.Namespace) -> "Embeddings":
     """The embeddings at --data_path, as many rows as --item_file has items where it is given."""
     from rq.embeddings import open_embeddings
 
-    n_items = len(read_items(flags.item_file)) if flags.item_file else None
-    return open_embeddings(flags.data_path, n_items=n_items, items_from=flags.item_file)
+    if not flags.item_file:
+        return open_embeddings(flags.data_path)
+    items = read_items(flags.item_file)
+    embeddings = open_embeddings(flags.data_path, n_items=len(items), items_from=flags.item_file)
+    if embeddings.record:
+        texts = [item_text(item, embeddings.origin.fields.split(",")) for item in items]
+        if sha256_of_texts(texts) != embeddings.record.texts_sha256:
+            raise BadInput(
+                f"{flags.data_path} was made of other texts than {flags.item_file} holds now, so its rows may be of other "
+                "items; embed that file again with rq.text2emb"
+            )
+    return embeddings
 
 
 def run(argv: list[str] | None, *, name: str, documentation: str, methods: Sequence[str] | None = None) -> None:
@@ -343,10 +365,18 @@ def run(argv: list[str] | None, *, name: str, documentation: str, methods: Seque
             "use rq.generate_indices"
         )
     embeddings.check_finite()
+    certain = quantizers.is_of_these(quantizer, embeddings, checkpoint=flags.ckpt_path)
     if flags.append:
         append(flags, quantizer=quantizer, embeddings=embeddings)
-    else:
-        publish(quantizers.encode(quantizer, embeddings, progress=True), flags, quantizer=quantizer, embeddings=embeddings)
+        return
+    codes_NL = quantizers.encode(quantizer, embeddings, progress=True)
+    _, left = reconstruction_error(quantizer, embeddings, codes_NL)
+    if not certain and left >= 1:
+        raise BadInput(
+            f"{flags.ckpt_path} explains nothing of {flags.data_path}: {left:.2f} of its variance is left where less than 1 "
+            "is expected; give the embeddings that the codebooks were trained on, or train again"
+        )
+    publish(codes_NL, flags, quantizer=quantizer, embeddings=embeddings)
 
 
 @command_line.command("generate_indices")
