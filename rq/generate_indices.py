@@ -34,6 +34,7 @@ COMPARED_ITEMS, LEAST_AGREEMENT = 2_000, 0.5
 
 MEASURED_ITEMS = 65_536  # enough for an error to three digits; more would cost a pass over the file
 MEASURABLE_VARIANCE = 1e-30
+LEAST_EXPLAINED = 0.25
 
 
 def sid_tokens(codes: Sequence[int]) -> list[str]:
@@ -232,6 +233,36 @@ def reconstruction_error(
     return errors, errors[-1] / max(float(x_RD.var(axis=0).mean()), MEASURABLE_VARIANCE)
 
 
+def check_explains(quantizer: "Quantizer", embeddings: "Embeddings", codes_NL: "np.ndarray", *, checkpoint: Path) -> None:
+    """Refuse codebooks that tell little of the embeddings: they are of another encoder, whatever their width.
+
+    Its first level explains some of the variance, at most what the means of the items of each code would. Codebooks of
+    the Industrial items reach 100 % of that on these items, 87 % on mixtures of them, and 0 % on another TF-IDF of them.
+    """
+    import numpy as np
+
+    from rq.quantizers import NETWORK_METHODS
+
+    errors, left = reconstruction_error(quantizer, embeddings, codes_NL)
+    measured = embeddings.spread(MEASURED_ITEMS)
+    x_RD = embeddings.rows(measured)
+    x_RD = x_RD - x_RD.mean(axis=0)
+    _, group_R = np.unique(codes_NL[measured, 0], return_inverse=True)
+    sums_KD = np.zeros((group_R.max() + 1, x_RD.shape[1]))
+    np.add.at(sums_KD, group_R, x_RD)
+    most = float((np.square(sums_KD).sum(axis=1) / np.bincount(group_R)).sum()) / x_RD.size
+    explained = float(np.square(x_RD).mean()) - errors[0]
+    if most <= MEASURABLE_VARIANCE:
+        return
+    alone = quantizer.design.method not in NETWORK_METHODS  # of a network the first level alone need not decode to anything
+    if left >= 1 or (alone and explained < LEAST_EXPLAINED * most):
+        raise BadInput(
+            f"{checkpoint} explains hardly anything of {embeddings.path}: {left:.2f} of its variance is left, and its first "
+            f"level does {max(explained, 0) / most:.0%} of what it could; "
+            "the two are of different encoders: embed with the one of the checkpoint, or train again"
+        )
+
+
 def append(flags: argparse.Namespace, *, quantizer: "Quantizer", embeddings: "Embeddings") -> None:
     """Give SIDs to the rows past the end of the index at --output; its lines stay as they are."""
     import numpy as np
@@ -370,12 +401,8 @@ def run(argv: list[str] | None, *, name: str, documentation: str, methods: Seque
         append(flags, quantizer=quantizer, embeddings=embeddings)
         return
     codes_NL = quantizers.encode(quantizer, embeddings, progress=True)
-    _, left = reconstruction_error(quantizer, embeddings, codes_NL)
-    if not certain and left >= 1:
-        raise BadInput(
-            f"{flags.ckpt_path} explains nothing of {flags.data_path}: {left:.2f} of its variance is left where less than 1 "
-            "is expected; give the embeddings that the codebooks were trained on, or train again"
-        )
+    if not certain:
+        check_explains(quantizer, embeddings, codes_NL, checkpoint=flags.ckpt_path)
     publish(codes_NL, flags, quantizer=quantizer, embeddings=embeddings)
 
 

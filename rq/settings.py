@@ -32,7 +32,8 @@ _GOOD: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(COLUMNS, lambda value: value is None or isinstance(value, str)),
     "dayfirst": lambda value: value is None or isinstance(value, bool),
     "split": lambda value: value in SPLITS,
-    **dict.fromkeys(("k_core", "max_history"), lambda value: type(value) is int and value >= 1),
+    **dict.fromkeys(("k_core", "max_history", "rows_kept"), lambda value: type(value) is int and value >= 1),
+    "interactions": lambda value: isinstance(value, str),
 }
 
 
@@ -77,7 +78,7 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
     if taken:
         log.info("as in the run before (%s): %s", path, ", ".join(taken))
     if remembered is None and not anew:
-        log.warning("%s is not there: --k_core is %s, and so on, as given or by default", path, flags.k_core)
+        log.warning("%s is not there: flags left out have their defaults, --k_core is %s", path, flags.k_core)
 
 
 def to_keep(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> str:
@@ -91,8 +92,12 @@ def to_keep(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
 
 def tell_other_rows(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> None:
     """One line where this run keeps other rows than the run that numbered the items."""
-    before = remembered or {}
-    then = (before.get("interactions"), before.get("rows_kept"))
-    now = (flags.interactions.name, rows_kept)
-    if remembered and then != now:
-        log.warning("%s gives %s rows; the run before kept %s of %s", now[0], f"{now[1]:,}", then[1], then[0])
+    now = {"interactions": flags.interactions.name, "rows_kept": rows_kept}
+    if remembered and any(remembered[name] != value for name, value in now.items()):
+        log.warning(
+            "%s rows of %s are kept, in the run that numbered the items it was %s of %s",
+            f"{rows_kept:,}",
+            flags.interactions.name,
+            f"{remembered['rows_kept']:,}",
+            remembered["interactions"],
+        )

@@ -506,7 +506,7 @@ def test_a_setting_given_that_differs_is_named_with_what_it_does(tables, tmp_pat
     run(tables, folder, "--k_core", 2, "--index", folder / "X.index.json")
     told = capsys.readouterr().out
     assert "--k_core is 2, in the run before it was 1: other rows are kept: the CSVs have more or fewer rows" in told
-    assert "i.csv gives 6 rows; the run before kept 7 of i.csv" in told
+    assert "6 rows of i.csv are kept, in the run that numbered the items it was 7 of i.csv" in told
     assert saved_settings(folder)["k_core"] == 1  # what the items were numbered with
 
 
