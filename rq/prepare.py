@@ -177,8 +177,8 @@ def read_numbers(ids_file: Path) -> dict[str, int]:
     """{raw id: number} of an earlier run, numbers 0..N-1 in this order."""
     try:
         with open(ids_file, encoding="utf-8", newline="") as file:
-            numbers = {row["raw_id"]: int(row["item_id"]) for row in csv.DictReader(file)}
-    except (csv.Error, KeyError, TypeError, ValueError) as error:
+            numbers = {row["raw_id"].strip(): int(row["item_id"]) for row in csv.DictReader(file)}
+    except (csv.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(
             f"{ids_file}: not the table of ids that this command writes ({error}); --overwrite numbers anew"
         ) from error

@@ -31,8 +31,9 @@ OF_THE_CSVS = ("split", "max_history")  # the rest belongs to the run that numbe
 _GOOD: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(COLUMNS, lambda value: value is None or isinstance(value, str)),
     "dayfirst": lambda value: value is None or isinstance(value, bool),
-    "split": lambda value: value in SPLITS,
-    **dict.fromkeys(("k_core", "max_history", "rows_kept"), lambda value: type(value) is int and value >= 1),
+    "split": lambda value: value is None or value in SPLITS,
+    "max_history": lambda value: value is None or (type(value) is int and value >= 1),
+    **dict.fromkeys(("k_core", "rows_kept"), lambda value: type(value) is int and value >= 1),
     "interactions": lambda value: isinstance(value, str),
 }
 
@@ -65,7 +66,8 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
     One line says what was taken over, and one for each flag what it does that it differs from the value remembered.
     """
     anew = not (flags.index or flags.append)
-    before = {**DEFAULTS, **(remembered or {})}
+    told = {name: value for name, value in (remembered or {}).items() if value is not None}
+    before = {**DEFAULTS, **told}
     taken = []
     for name, default in DEFAULTS.items():
         if getattr(flags, name) is None:
@@ -73,7 +75,8 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
             if not anew and before[name] != default:
                 taken.append(f"--{name} {before[name]}")
         value = getattr(flags, name)
-        if remembered and value != before[name] and not (anew and name in OF_THE_CSVS):
+        open_before = name in OF_THE_CSVS and (anew or name not in told)
+        if remembered and value != before[name] and not open_before:
             log.warning("--%s is %s, in the run before it was %s: %s", name, value, before[name], EFFECTS[name])
     if taken:
         log.info("as in the run before (%s): %s", path, ", ".join(taken))
@@ -82,11 +85,16 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
 
 
 def to_keep(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> str:
-    """The content of the settings file after this run; a run with --index changes only what concerns the CSVs."""
+    """The content of the settings file after this run; a run with --index changes only what concerns the CSVs.
+
+    What concerns the CSVs is null until a run has made them, unless an earlier run was given another value than the default.
+    """
     used = {name: getattr(flags, name) for name in DEFAULTS}
+    if not flags.index:
+        used |= {name: None for name in OF_THE_CSVS if used[name] == DEFAULTS[name]}
     used |= {"interactions": flags.interactions.name, "rows_kept": rows_kept}
     if flags.index and remembered:
-        used = {**used, **remembered, **{name: used[name] for name in OF_THE_CSVS}}
+        used = {**remembered, **{name: used[name] for name in OF_THE_CSVS}}
     return json.dumps(used, indent=1, ensure_ascii=False) + "\n"
 
 

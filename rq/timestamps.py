@@ -20,6 +20,7 @@ NUMBER = r"[+-]?\d{1,25}(?:\.\d{0,25})?(?:e[+-]?\d{1,3})?"
 # one before it would have reached the year 5138.
 UNITS = {"nanoseconds": 1e9, "microseconds": 1e6, "milliseconds": 1e3, "seconds": 1.0}  # how many make a second
 LEAST_EPOCH = 1e8
+EPOCH_DAY = date(1970, 1, 1).toordinal()
 LAST_YEAR, END_S = 2100, 4_133_980_800  # the last year that is believed, and its end in seconds
 # Orders from 1973 to 2100 differ by a factor of 41 in all, and by far less from one to the next. Seconds and milliseconds
 # differ by 1000, YYYYMMDD and seconds by 39 from 1995 on. Small numbers are positions and may jump as they like.
@@ -82,7 +83,7 @@ class Reading:
 def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
     """The one reading of a column; dates like 02/01/2016 alone need `dayfirst`, and are refused without.
 
-    ["13/01/2016", "02/01/2016"] -> 13 January, 2 January, "day first"
+    ["13/01/2016", "02/01/2016"] -> 13 January, 2 January
     ["1465862400", "1465862400000"] -> refused: seconds and milliseconds
     """
     import pandas as pd
@@ -98,7 +99,7 @@ def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
         empty = text.isin(MISSING)
         present = text[~empty]
         numeric = present.str.fullmatch(NUMBER)
-        dates, formats = _match_dates(column, present[~numeric])
+        moments, formats, numbered = _match_dates(column, present[~numeric])
         if numeric.any():
             formats = {"a number": numeric.idxmax(), **formats}
         if len(formats) > 1:
@@ -107,7 +108,7 @@ def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
             _refuse_rounded(column, present[numeric])
             order, told = _numbers(column, pd.to_numeric(present[numeric]))
         else:
-            order, told = _dates(column, present, dates, dayfirst=dayfirst)
+            order, told = _dates(column, present, moments, numbered, dayfirst=dayfirst)
     order = order.reindex(cells.index)
     _refuse_if_not_understood(column, unreadable=order.isna() & ~empty, present=~empty)
     return Reading(order, empty, told)
@@ -209,44 +210,61 @@ def _digits_of_dates(numbers: "pd.Series") -> str:
     return ""
 
 
-def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, re.Match], dict[str, int]]:
-    """{text: its match} of the texts that look like a date, and {format: the first row that has it}."""
-    matches: dict[str, re.Match] = {}
+def _match(text: str) -> tuple[str, re.Match] | None:
+    """The format of a date, and its parts; None for what looks like no date."""
+    for name, pattern in _FORMATS:
+        if match := pattern.fullmatch(text):
+            return name, match
+    return None
+
+
+def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, int | None], dict[str, int], dict[str, int]]:
+    """{text: moment} of the dates that can be read in one way only, {format: the first row that has it} of all dates, and
+    {text: row} of the dates made of numbers, whose order of day and month the whole column decides.
+    """
+    moments: dict[str, int | None] = {}
     formats: dict[str, int] = {}
     zones: dict[str, int] = {}
-    for row, text in texts.drop_duplicates().items():
-        name, match = next(((name, found) for name, form in _FORMATS if (found := form.fullmatch(text))), (None, None))
-        if match is None:
+    numbered: dict[str, int] = {}
+    distinct = texts.drop_duplicates()
+    for row, text in zip(distinct.index.tolist(), distinct.tolist(), strict=True):
+        found = _match(text)
+        if found is None:
             continue
+        name, match = found
         if len(match["year"]) == 2:
             raise BadInput(f"{column.shown(row)} in column {column.name!r} has a year of two digits; write four")
-        matches[text] = match
-        formats.setdefault(f"numbers with {match['sep']!r}" if name == "numbers" else name, row)
+        if name == "numbers":
+            numbered[text] = row
+            name = f"numbers with {match['sep']!r}"
+        else:
+            moments[text] = _nanoseconds(match.groupdict(), dayfirst=None)
+        formats.setdefault(name, row)
         zones.setdefault("with a time zone" if match["zone"] else "without a time zone", row)
     if len(formats) == 1 and len(zones) > 1:
         _contradict(column, zones)
-    return matches, formats
+    return moments, formats, numbered
 
 
 def _dates(
-    column: Column, texts: "pd.Series", matches: dict[str, re.Match], *, dayfirst: bool | None
+    column: Column, texts: "pd.Series", moments: dict[str, int | None], numbered: dict[str, int], *, dayfirst: bool | None
 ) -> tuple["pd.Series", str]:
-    numbered = any("first" in match.re.groupindex for match in matches.values())
+    """Dates of one format."""
+    told = "dates whose order of day and month is plain"
     if numbered:
-        dayfirst = _day_is_first(column, texts, matches, dayfirst=dayfirst)
-    moments = {text: _nanoseconds(match.groupdict(), dayfirst=dayfirst) for text, match in matches.items()}
-    told = ("day first" if dayfirst else "month first") if numbered else "dates whose order of day and month is plain"
+        dayfirst = _day_is_first(column, numbered, dayfirst=dayfirst)
+        moments = {text: _nanoseconds(_match(text)[1].groupdict(), dayfirst=dayfirst) for text in numbered}
+        told = "dates with the day first" if dayfirst else "dates with the month first"
     return texts.map(moments).astype("Int64"), told
 
 
-def _day_is_first(column: Column, texts: "pd.Series", matches: dict[str, re.Match], *, dayfirst: bool | None) -> bool:
+def _day_is_first(column: Column, numbered: dict[str, int], *, dayfirst: bool | None) -> bool:
     """Decide 02/01/2016 by the rows that can be read in one way only, like 13/01/2016, for the whole column."""
     rows: dict[str, int] = {}
     open_row = None
-    for row, text in texts.drop_duplicates().items():
-        if text not in matches:
-            continue
-        first, other = int(matches[text]["first"]), int(matches[text]["other"])
+    for text, row in numbered.items():
+        match = _match(text)[1]
+        first, other = int(match["first"]), int(match["other"])
         if 12 < first <= 31 and 1 <= other <= 12:
             rows.setdefault("day first", row)
         elif 12 < other <= 31 and 1 <= first <= 12:
@@ -274,26 +292,22 @@ def _nanoseconds(part: dict[str, str | None], *, dayfirst: bool | None) -> int |
     """Nanoseconds since 1970 of a matched date; None for a day, an hour or a year that cannot be."""
     try:
         day = _day(part, dayfirst=dayfirst)
-        hour, minute, second = (int(part.get(name) or 0) for name in ("hour", "minute", "second"))
     except ValueError:
         return None
-    if part.get("half"):
+    hour, minute, second = int(part["hour"] or 0), int(part["minute"] or 0), int(part["second"] or 0)
+    if part["half"]:
         if not 1 <= hour <= 12:
             return None
         hour = hour % 12 + 12 * (part["half"] == "pm")
     if hour > 24 or (hour == 24 and (minute or second)) or minute > 59 or second > 60:
         return None  # ISO 8601 has 24:00 for midnight, and 60 for a leap second
-    moment = datetime(day.year, day.month, day.day, tzinfo=UTC) + timedelta(hours=hour, minutes=minute, seconds=second)
-    moment -= _offset(part.get("zone"))
-    whole_s = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(seconds=1)
-    nanoseconds = whole_s * 10**9 + int((part.get("fraction") or "0")[:9].ljust(9, "0"))
-    return nanoseconds if nanoseconds > 0 and moment.year <= LAST_YEAR else None
+    seconds = 86_400 * (day.toordinal() - EPOCH_DAY) + 3600 * hour + 60 * minute + second - _offset_s(part["zone"])
+    nanoseconds = seconds * 10**9 + int((part["fraction"] or "0")[:9].ljust(9, "0"))
+    return nanoseconds if 0 < nanoseconds < END_S * 10**9 else None
 
 
 def _day(part: dict[str, str | None], *, dayfirst: bool | None) -> date:
     year = int(part["year"])
-    if not 1900 <= year <= 9000:  # room to add an hour or a zone on either side
-        raise ValueError(year)
     if part.get("week"):
         return date.fromisocalendar(year, int(part["week"]), int(part["weekday"] or 1))
     if part.get("yearday"):
@@ -309,9 +323,9 @@ def _day(part: dict[str, str | None], *, dayfirst: bool | None) -> date:
     return date(year, int(part["month"]), int(part.get("day") or 1))
 
 
-def _offset(zone: str | None) -> timedelta:
-    """'+05:30' -> 5 hours 30 minutes; none for 'z', 'utc', 'gmt' and no zone."""
+def _offset_s(zone: str | None) -> int:
+    """'+05:30' -> 19800 seconds; 0 for 'z', 'utc', 'gmt' and no zone."""
     if not zone or zone[0] not in "+-":
-        return timedelta()
+        return 0
     digits = zone[1:].replace(":", "").ljust(4, "0")
-    return (1 if zone[0] == "+" else -1) * timedelta(hours=int(digits[:2]), minutes=int(digits[2:]))
+    return (1 if zone[0] == "+" else -1) * (3600 * int(digits[:2]) + 60 * int(digits[2:]))

@@ -492,10 +492,15 @@ def test_the_run_with_the_index_takes_over_the_settings_of_the_first(tables, tmp
     without_k_core(tables, folder, "--index", folder / "X.index.json", "--split", "leave_one_out")
     told = capsys.readouterr().out
     assert f"as in the run before ({folder / 'X.prepare.json'}): --user_column who, --k_core 1\n" in told
-    assert "--split is leave_one_out, in the run before it was global: rows go to other files" in told
+    assert "--split is" not in told  # no run before has split anything
     assert "in no row that is kept" not in told
     assert training_rows(folder) == 4
     assert (saved_settings(folder)["k_core"], saved_settings(folder)["split"]) == (1, "leave_one_out")
+    without_k_core(tables, folder, "--index", folder / "X.index.json", "--overwrite")
+    assert "--user_column who, --k_core 1, --split leave_one_out\n" in capsys.readouterr().out
+    without_k_core(tables, folder, "--index", folder / "X.index.json", "--overwrite", "--split", "global")
+    told = capsys.readouterr().out
+    assert "--split is global, in the run before it was leave_one_out: rows go to other files" in told
 
 
 def test_a_setting_given_that_differs_is_named_with_what_it_does(tables, tmp_path, capsys):
