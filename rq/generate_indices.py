@@ -325,10 +325,15 @@ def load_codes(path: Path) -> "np.ndarray":
     """An array of codes saved by --codes_output."""
     import numpy as np
 
+    from rq.embeddings import NOT_AN_ARRAY
+
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        codes = np.load(path, allow_pickle=False)
+    except NOT_AN_ARRAY as error:
         raise BadInput(f"{path}: not a plain .npy array ({error})") from error
+    if not isinstance(codes, np.ndarray):
+        raise BadInput(f"{path}: an archive of arrays; expected one .npy of codes")
+    return codes
 
 
 def open_data(flags: argparse.Namespace) -> "Embeddings":

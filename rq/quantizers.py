@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from rq.clustering import sinkhorn_prices, squared_distances
 from rq.command_line import BadInput
-from rq.embeddings import Embeddings
+from rq.embeddings import NOT_AN_ARRAY, Embeddings
 from rq.origin import Origin, check_fit, origin_from
 from rq.whole_files import whole_path
 
@@ -348,7 +348,10 @@ def _load_folder(folder: Path) -> Quantizer:
         raise BadInput(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
     if design.method not in METHODS:
         raise BadInput(f"{folder / CONFIG}: method {design.method!r} is none of {', '.join(METHODS)}")
-    quantizer = Quantizer(design)
+    try:
+        quantizer = Quantizer(design)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
     expected = quantizer.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
@@ -365,7 +368,7 @@ def _load_codebooks(path: Path) -> Quantizer:
     try:
         with np.load(path, allow_pickle=False) as archive:
             codebooks = [archive[f"codebook_{level}"] for level in range(len(archive.files))]
-    except (ValueError, KeyError, OSError) as error:
+    except (*NOT_AN_ARRAY, KeyError, OSError, TypeError) as error:
         raise BadInput(f"{path}: {error}; expected arrays codebook_0, codebook_1, .. of shape (K, D)") from error
     if not codebooks or any(book.ndim != 2 or book.shape[1] != codebooks[0].shape[1] for book in codebooks):
         raise BadInput(f"{path}: shapes {[book.shape for book in codebooks]}; expected (K, D) with one D for every level")

@@ -132,6 +132,7 @@ class HuggingFaceEncoder:
 
     def __init__(self, name: str, *, pooling: str, max_len: int, batch_size: int, device: str) -> None:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import cached_file
 
@@ -140,7 +141,7 @@ class HuggingFaceEncoder:
             dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
             model = AutoModel.from_pretrained(name, dtype=dtype)
             self.folder = Path(cached_file(name, "config.json")).parent
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise BadInput(f"--encoder {name}: {first_line} Expected tfidf, a folder, or a Hugging Face name") from error
         config = model.config

@@ -163,3 +163,24 @@ def test_a_broken_record_is_refused_in_one_line(shop, text, told):
 def test_a_broken_config_of_a_checkpoint_is_refused_in_one_line(shop, config):
     (shop / "c/config.json").write_text(config)
     assert "config.json: " in refusal(generate_indices.main, *paths(shop, "E.npy", "Y.index.json"))
+
+
+def test_broken_arrays_checkpoints_and_encoders_are_one_line_each(shop):
+    (shop / "broken.npz").write_bytes(b"PK\3\4 no archive")
+    shutil.copy(shop / "E.npy", shop / "array.npz")
+    shutil.copy(shop / "broken.npz", shop / "broken.npy")
+    with open(shop / "codes.npy", "wb") as file:
+        np.savez(file, codes=np.zeros((60, 2), np.int32))
+    index = f"--output={shop / 'Y.index.json'}"
+    for checkpoint in ("broken.npz", "array.npz"):
+        told = refusal(generate_indices.main, *paths(shop, "E.npy", "Y.index.json", checkpoint=checkpoint))
+        assert f"{checkpoint}: " in told
+        assert "expected arrays codebook_0" in told
+    assert "broken.npy: not a plain .npy array" in refusal(generate_indices.main, *paths(shop, "broken.npy", "Y.index.json"))
+    told = refusal(generate_indices.main, f"--codes_path={shop / 'codes.npy'}", "--levels=8,8", index)
+    assert "codes.npy: an archive of arrays" in told
+    (shop / "c/config.json").write_text('{"method": "rqkmeans", "n_dims": "x", "levels": [8, 8]}')
+    told = refusal(generate_indices.main, *paths(shop, "E.npy", "Y.index.json"))
+    assert "config.json: " in told
+    assert "expected the config.json that rq writes" in told
+    assert not (shop / "Y.index.json").exists()

@@ -187,3 +187,12 @@ def test_the_record_of_a_model_has_its_pooling_length_and_weights(item_file, tmp
     embed(item_file, tmp_path / "H.npy", "--encoder", other)
     record = json.loads((tmp_path / "H.encoder.json").read_text())["origin"]
     assert record["encoder_sha256"] != records[0]["encoder_sha256"]
+
+
+def test_an_encoder_with_broken_weights_is_one_line(item_file, tmp_path):
+    folder = encoder_folder(tmp_path, causal=True)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="--encoder .*causal: ") as stopped:
+        embed(item_file, tmp_path / "E.npy", "--encoder", folder)
+    assert "\n" not in stopped.value.code
+    assert not (tmp_path / "E.npy").exists()
