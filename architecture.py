@@ -19,10 +19,15 @@ from transformers.cache_utils import Cache
 # ---------------------------------------------------------------------------------------------- a model's own numbers
 
 
-def own_logits(model: PreTrainedModel, inputs: Tensor) -> Tensor:
-    """The logits (B, S, V) of the model's own forward of token ids (B, S), none of them padding: the truth."""
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return model(input_ids=inputs, **settings).logits
+def own_logits(model: PreTrainedModel, inputs: Tensor, *, last: int = 0) -> Tensor:
+    """The logits (B, S, V) of the model's own forward of token ids (B, S), none of them padding: the truth.
+
+    last: of the last tokens only, (B, last, V); 0 for all.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    wanted = {"use_cache": False, "logits_to_keep": last}
+    logits = model(input_ids=inputs, **{name: value for name, value in wanted.items() if name in accepted}).logits
+    return logits[:, -last:]
 
 
 def tables_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architecture import KnownKeys, Past, appended, finish_logits, known_tokens, sliding_window
+from architecture import KnownKeys, Past, appended, finish_logits, known_tokens, own_logits, sliding_window
 from frozen_prefix import LARGE_ROOM
 from token_trees import additive_masks, common_prefix, pad
 
 CACHED_LOGITS = 1_000_000  # logits held at a time on a CPU, in values: 4 MB stay in its cache
+OWN_BEAMS = 16  # sequences of one forward where a model's own forward is all that is known to be right
 SLACK = 1e-3  # of a score: what rounding may add to it when the same logit comes out of two matrix products
 
 
@@ -114,7 +115,7 @@ def build_trie(sequences: list[list[int]], device: torch.device | str = "cpu") -
 
 
 class Decoder(Protocol):
-    """What a search needs of a model."""
+    """What a search needs of a model. D is the decoder's own affair: what `logits` makes logits of."""
 
     model: PreTrainedModel
 
@@ -124,8 +125,30 @@ class Decoder(Protocol):
     def advance(self, tokens: Tensor, parent: Tensor) -> Tensor:
         """Hidden states (B, K, D) at `tokens` (B, K), each of which continues beam `parent` (B, K) of the level."""
 
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The logits (..., V) of hidden states (..., D), or (..., T) those of some `tokens` (T,) alone."""
 
-class SharedPromptDecoder:
+    def vocabulary_size(self) -> int:
+        """V."""
+
+
+class HeadLogits:
+    """Logits of hidden states by the model's output head, where that is what makes them."""
+
+    model: PreTrainedModel
+
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        head = self.model.get_output_embeddings()
+        if tokens is None:
+            return finish_logits(self.model, head(hidden))
+        bias = None if head.bias is None else head.bias[tokens]
+        return finish_logits(self.model, F.linear(hidden, head.weight[tokens], bias))
+
+    def vocabulary_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+
+class SharedPromptDecoder(HeadLogits):
     """Keys and values of a prompt once per user, of the prompts' common beginning (`template`) once in all."""
 
     def __init__(self, model: PreTrainedModel, template: np.ndarray) -> None:
@@ -181,7 +204,7 @@ class SharedPromptDecoder:
         return output.last_hidden_state
 
 
-class WholeSequenceDecoder:
+class WholeSequenceDecoder(HeadLogits):
     """Every beam as a sequence of its own, computed from its first token each time: slow, for any causal model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -219,6 +242,34 @@ def common_template(prompts: list[np.ndarray]) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- the search
 
 
+class OwnForwardDecoder:
+    """Every beam as a sequence of its own through the model's own forward, a few of one length at a time: slower still, and
+    right for every model. Its hidden states are the logits themselves."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def begin(self, prompts: list[np.ndarray]) -> Tensor:
+        self.beams = [torch.from_numpy(prompt.astype(np.int64))[None].to(self.model.device) for prompt in prompts]
+        return self.last_logits()
+
+    def advance(self, tokens: Tensor, parent: Tensor) -> Tensor:
+        before = zip(self.beams, parent, tokens, strict=True)
+        self.beams = [torch.cat([beams[parents], new[:, None]], dim=1) for beams, parents, new in before]
+        return self.last_logits()
+
+    def last_logits(self) -> Tensor:
+        rows = [torch.cat([own_logits(self.model, some, last=1) for some in beams.split(OWN_BEAMS)]) for beams in self.beams]
+        found = torch.stack(rows).squeeze(2)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        return hidden.clone() if tokens is None else hidden[..., tokens]  # full logits are worked on in place
+
+    def vocabulary_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+
 class Found(NamedTuple):
     """The best sequences of each user. leaf (B, K): numbers, -1 where there are no more; score (B, K): their log p."""
 
@@ -226,19 +277,18 @@ class Found(NamedTuple):
     score: Tensor
 
 
-def full_logits(model: PreTrainedModel, hidden: Tensor) -> Iterator[Tensor]:
+def full_logits(decoder: Decoder, hidden: Tensor) -> Iterator[Tensor]:
     """The logits over the whole vocabulary (some, V) of hidden states (n, D), a chunk at a time."""
-    head = model.get_output_embeddings()
     values = CACHED_LOGITS if hidden.device.type == "cpu" else LARGE_ROOM.logits
-    for part in hidden.split(max(1, values // head.weight.shape[0])):
-        yield finish_logits(model, head(part))
+    for part in hidden.split(max(1, values // decoder.vocabulary_size())):
+        yield decoder.logits(part)
 
 
-def normalisers(model: PreTrainedModel, hidden: Tensor, needed: Tensor) -> Tensor:
+def normalisers(decoder: Decoder, hidden: Tensor, needed: Tensor) -> Tensor:
     """The log-sum-exp (B, K) of the whole vocabulary's logits at hidden (B, K, D), where needed; inf elsewhere."""
     places = needed.flatten().nonzero().squeeze(1)
     parts = []
-    for logits in full_logits(model, hidden.flatten(0, 1)[places]):
+    for logits in full_logits(decoder, hidden.flatten(0, 1)[places]):
         highest = logits.amax(1)
         parts.append(logits.sub_(highest[:, None]).exp_().sum(1).log_() + highest)  # in place: logits are large
     found = torch.full(needed.shape, torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -248,7 +298,7 @@ def normalisers(model: PreTrainedModel, hidden: Tensor, needed: Tensor) -> Tenso
 
 
 def child_scores(
-    model: PreTrainedModel,
+    decoder: Decoder,
     hidden: Tensor,
     score: Tensor,
     level_tokens: Tensor,
@@ -264,18 +314,17 @@ def child_scores(
     log-sum-exp, the dear part, is at least theirs, so with theirs a score can only be too high. The true log-sum-exp is
     computed for the beams that look best, then for all whose upper bound still reaches the last of the wanted.
     """
-    head = model.get_output_embeddings()
-    bias = None if head.bias is None else head.bias[level_tokens]
-    logits = finish_logits(model, F.linear(hidden, head.weight[level_tokens], bias))
+    logits = decoder.logits(hidden, level_tokens)
     unscaled = (score[:, :, None] + logits.gather(2, column)).masked_fill(~exists, -torch.inf)
     bound = unscaled - logits.logsumexp(2, keepdim=True)
     first = torch.zeros_like(score, dtype=torch.bool)
     size = min(wanted, bound[0].numel())
     first.scatter_(1, bound.flatten(1).topk(size)[1] // exists.shape[2], True)
-    normaliser = normalisers(model, hidden, first)
+    normaliser = normalisers(decoder, hidden, first)
     last = (unscaled - normaliser[:, :, None]).flatten(1).topk(size)[0][:, -1:]
     second = ~first & (bound.amax(2) + SLACK > last)
-    return unscaled - normaliser.minimum(normalisers(model, hidden, second))[:, :, None]
+    total = unscaled - normaliser.minimum(normalisers(decoder, hidden, second))[:, :, None]
+    return total.masked_fill(~exists, -torch.inf)  # a NaN normaliser made NaN of -inf
 
 
 @torch.no_grad()
@@ -283,7 +332,8 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
     """The `num_beams` best sequences of the trie for each prompt, best first.
 
     Sequences that end above the deepest level wait in a list of their own and do not use up beams. There are never
-    more beams than nodes, and a beam that a level has no node for keeps the score -inf, so none is invalid or double.
+    more beams than nodes; a beam that a level has no node for has run out: it keeps the score -inf and has no children,
+    so none is invalid or double. As each beam leads to a sequence, `num_beams` are found, or all that there are.
     """
     device = decoder.model.device
     hidden = decoder.begin(prompts)
@@ -293,11 +343,12 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
     wanted = min(num_beams, trie.sequences)
     for level in range(trie.depth):
         child = trie.start[node][:, :, None] + torch.arange(trie.fan_out[level], device=device)
-        exists = child < trie.start[node + 1][:, :, None]
+        alive = score != -torch.inf  # a beam that has run out stands at a node of another level, say the root
+        exists = (child < trie.start[node + 1][:, :, None]) & alive[:, :, None]
         child = child.where(exists, 0)
         both = trie.ends[level] and trie.inner[level]  # two lists of the best: every child is needed
         total = child_scores(
-            decoder.model,
+            decoder,
             hidden,
             score,
             trie.level_tokens[level],
@@ -330,21 +381,26 @@ def best_tokens(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def search_freely(decoder: Decoder, prompts: list[np.ndarray], num_beams: int, *, levels: int, end_id: int) -> Tensor:
-    """What a beam search writes that knows no catalogue: tokens (B, K, levels), best first, only ends after an end."""
+    """What a beam search writes that knows no catalogue: tokens (B, K, levels), best first, only ends after an end.
+
+    K is `num_beams`, or the number of all sequences of so many levels where there are fewer.
+    """
     device = decoder.model.device
     hidden = decoder.begin(prompts)
     score = torch.zeros(len(prompts), 1, device=device)
     written = torch.empty(len(prompts), 1, 0, dtype=torch.int64, device=device)
     for level in range(levels):
-        width = min(num_beams, decoder.model.get_output_embeddings().weight.shape[0])
-        parts = [best_tokens(logits, width) for logits in full_logits(decoder.model, hidden.flatten(0, 1))]
+        width = min(num_beams, decoder.vocabulary_size())
+        parts = [best_tokens(logits, width) for logits in full_logits(decoder, hidden.flatten(0, 1))]
         log_p, token = (torch.cat(part).unflatten(0, hidden.shape[:2]) for part in zip(*parts, strict=True))
         if level:
             over = written[:, :, -1:] == end_id  # goes on with end tokens, which cost nothing
             only = torch.arange(width, device=device) == 0
             token = token.where(~over, end_id)
             log_p = log_p.where(~over, torch.where(only, 0.0, -torch.inf))
-        score, picked = (score[:, :, None] + log_p).flatten(1).topk(num_beams)
+        total = (score[:, :, None] + log_p).flatten(1)
+        exist = int((total != -torch.inf).sum(1).min())
+        score, picked = total.topk(min(num_beams, exist))
         parent, token = picked // width, token.flatten(1).gather(1, picked)
         before = written.gather(1, parent[:, :, None].expand(-1, -1, level))
         written = torch.cat([before, token[:, :, None]], dim=2)

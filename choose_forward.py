@@ -137,11 +137,21 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
     order = np.argsort(examples.length, kind="stable")
     short = np.concatenate([order[examples.task[order] == task][:2] for task in np.unique(examples.task)])
     longest = int(order[-1])
-    inputs = torch.from_numpy(examples.ids(longest)[:-1].astype(np.int64)).to(model.device)
-    refuse_reading_ahead(model, inputs, tolerance.logits)
     alone = OwnForward(model, examples, 1)
-    with torch.no_grad():
-        expected = {i: float(alone.nll(np.array([i])).sum()) for i in [*short.tolist(), longest]}
+    try:
+        inputs = torch.from_numpy(examples.ids(longest)[:-1].astype(np.int64)).to(model.device)
+        refuse_reading_ahead(model, inputs, tolerance.logits)
+        with torch.no_grad():
+            expected = {i: float(alone.nll(np.array([i])).sum()) for i in [*short.tolist(), longest]}
+        alone.nll(short[:1]).sum().backward()
+        model.zero_grad()
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # other people's code; there is no way left to go
+        raise InputError(
+            f"--base_model: the forward of {type(model).__name__} fails on an example ({type(error).__name__}: "
+            f"{error_text(error)[:100]}); expected a causal language model that takes token ids alone, SID tokens among them"
+        ) from error
     if not np.isfinite(list(expected.values())).all():
         raise InputError(
             "--base_model: its loss on an example is no number before anything was trained; the model's files hold NaN or "

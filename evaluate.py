@@ -34,6 +34,7 @@ from data import (
     InputError,
     Row,
     category_name,
+    error_text,
     one_line,
     read_catalogue,
     read_prompts,
@@ -57,7 +58,7 @@ from ranking import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,10 +110,11 @@ class Evaluator:
         num_beams: int = 10,
         batch_size: int = 32,
         cutoff_len: int = 512,
+        model_name: str = "the model",
     ) -> None:
         from beam_search import common_template, score_sequences
 
-        self.num_beams, self.end_id = num_beams, tokenizer.eos_token_id
+        self.num_beams, self.end_id, self.model_name = num_beams, tokenizer.eos_token_id, model_name
         self.table = sid_table(catalogue, Counter())
         self.targets = [self.table.of_item[row.item] for row in rows]
         encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=cutoff_len)
@@ -127,7 +129,7 @@ class Evaluator:
         self.sequences = score_sequences(self.sids, self.end_id)
         by_length = np.argsort([len(prompt) for prompt in self.prompts], kind="stable")
         self.batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        self.shares_prompts: bool | None = None  # which decoder serves the model; tried once
+        self.make_decoder: Callable[[PreTrainedModel], Decoder] | None = None  # what serves the model, once it is tried
 
     def recommend(self, model: PreTrainedModel, *, progress: bool = False) -> Recommended:
         """The best SIDs for every row."""
@@ -144,21 +146,28 @@ class Evaluator:
             for batch in self.own_batches(progress=progress):
                 found = search(decoder, trie, [self.prompts[i] for i in batch], self.num_beams)
                 sid[batch], score[batch] = found.leaf, found.score.double()
+                if not can_rank(found.score):
+                    break  # to where the processes meet: refused there, by all of them
         sum_over_processes(sid, score)  # a row is zero everywhere but where it was computed
+        if not can_rank(score):
+            raise InputError(not_finite(self.model_name, model))
         return Recommended(sid.cpu().numpy(), score.cpu().numpy())
 
     def recommend_freely(self, model: PreTrainedModel, rows: np.ndarray) -> list[list[tuple[int, ...]]]:
-        """What a beam search that knows no catalogue writes for some rows: token ids up to the end token."""
+        """What a beam search that knows no catalogue writes for some rows: token ids up to the end token.
+
+        It has as many beams as the constrained search can fill: with more, some would be no SID in any case.
+        """
         from beam_search import search_freely
 
-        levels = max(map(len, self.sids))
+        levels, width = max(map(len, self.sids)), min(self.num_beams, len(self.sids))
         written = []
         with evaluating(model):
             decoder = self.decoder(model)
             size = len(self.batches[0])
             for start in range(0, len(rows), size):
                 prompts = [self.prompts[i] for i in rows[start : start + size]]
-                found = search_freely(decoder, prompts, self.num_beams, levels=levels, end_id=self.end_id)
+                found = search_freely(decoder, prompts, width, levels=levels, end_id=self.end_id)
                 written += [[self.before_end(tokens) for tokens in beams] for beams in found.tolist()]
         return written
 
@@ -180,38 +189,79 @@ class Evaluator:
         yield from tqdm(own, desc="Recommending", unit="batch", disable=not progress or process > 0)
 
     def decoder(self, model: PreTrainedModel) -> Decoder:
-        """The decoder that shares prompts, where the model gives the same scores with it; tried once, on two rows."""
-        from beam_search import SharedPromptDecoder, WholeSequenceDecoder
+        if self.make_decoder is None:
+            self.make_decoder = self.choose_decoder(model)
+        return self.make_decoder(model)
 
-        if self.shares_prompts is None:
-            reason = self.why_not_shared(model)
-            self.shares_prompts = not reason
-            if reason:
-                logger.info(f"Beams do not share a prompt's keys and values ({reason}); this is slow, the result is right")
-        return SharedPromptDecoder(model, self.template) if self.shares_prompts else WholeSequenceDecoder(model)
-
-    def why_not_shared(self, model: PreTrainedModel) -> str:
+    def choose_decoder(self, model: PreTrainedModel) -> Callable[[PreTrainedModel], Decoder]:
+        """The fastest decoder with which two rows get the scores of the model's own forward; says where it is a slow one."""
         import torch
 
         from architecture import why_not_exact
-        from beam_search import SharedPromptDecoder, WholeSequenceDecoder, build_trie, search
+        from beam_search import OwnForwardDecoder, WholeSequenceDecoder, build_trie, search
 
-        if reason := why_not_exact(model):
-            return reason
         trie = build_trie(self.sequences, model.device)
         two = [self.prompts[i] for i in self.batches[0][:2]]
-        expected, found = (
-            search(decoder, trie, two, TRIAL_BEAMS).score
-            for decoder in (WholeSequenceDecoder(model), SharedPromptDecoder(model, self.template))
-        )
+        expected = search(OwnForwardDecoder(model), trie, two, TRIAL_BEAMS).score
+        if not can_rank(expected):
+            raise InputError(not_finite(self.model_name, model))
         tolerance = TRIAL_TOLERANCE if model.dtype in (torch.float32, torch.float64) else LOW_TOLERANCE
-        difference = float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
-        return f"scores differ by {difference:.0e}" if not difference <= tolerance else ""
+        ways = (
+            ("Beams do not share a prompt's keys and values", self.shared_decoder, why_not_exact(model)),
+            ("Beams go through the model's own forward", WholeSequenceDecoder, ""),
+        )
+        for otherwise, make, reason in ways:
+            if not reason:
+                try:
+                    found = search(make(model), trie, two, TRIAL_BEAMS).score
+                    difference = float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+                    if difference <= tolerance:
+                        return make
+                    reason = f"scores differ by {difference:.0e}"
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # other people's code: what it does not take is a reason to go another way
+                    reason = f"{type(error).__name__}: {error_text(error)[:100]}"
+            logger.info(f"{otherwise} ({reason}); this is slow, the result is right")
+        return OwnForwardDecoder
+
+    def shared_decoder(self, model: PreTrainedModel) -> Decoder:
+        from beam_search import SharedPromptDecoder
+
+        return SharedPromptDecoder(model, self.template)
+
+
+def can_rank(score: torch.Tensor) -> bool:
+    """Whether the best scores (U, K) of every row are numbers; topk takes a NaN for the greatest, so it stands first."""
+    return bool(score[:, 0].isfinite().all())
+
+
+def not_finite(name: str, model: PreTrainedModel) -> str:
+    """What to tell of a model whose scores are NaN or infinite."""
+    broken = {weight: int((~values.isfinite()).sum()) for weight, values in model.named_parameters()}
+    broken = {weight: count for weight, count in broken.items() if count}
+    if not broken:
+        dtype = str(model.dtype).removeprefix("torch.")
+        return (
+            f"{name}: its weights are finite but overflow in {dtype}, so nothing can be ranked; take an earlier checkpoint"
+            + (", or save the model in float32" if dtype == "float16" else "")
+        )
+    first, *others = broken
+    more = f" (as do {len(others)} more weights)" if others else ""
+    return (
+        f"{name}: {first} holds {broken[first]:,} values that are NaN or infinite{more}, so nothing can be ranked; "
+        "take an earlier checkpoint, or train with a lower --learning_rate"
+    )
 
 
 def measurable(num_beams: int) -> tuple[int, ...]:
     """The K for which so many recommendations tell HR@K."""
     return tuple(k for k in KS if k <= num_beams)
+
+
+def main_k(ks: Sequence[int]) -> int:
+    """The K in the words that a run ends with: 10 where there are so many beams, the largest below otherwise."""
+    return max(k for k in ks if k <= 10)
 
 
 @contextlib.contextmanager
@@ -320,6 +370,7 @@ def evaluate(
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
         cutoff_len=flags.cutoff_len,
+        model_name=f"--base_model {flags.base_model}",
     )
     started = time.monotonic()
     recommended = evaluator.recommend(model, progress=not flags.recommend)
@@ -588,7 +639,7 @@ def measure(
 ) -> dict[str, Any]:
     """All metrics of a list per row, and those of the baselines where training rows are given."""
     popularity = item_popularity(train)
-    k = min(10, max(ks))
+    k = main_k(ks)
     found = views(lists, rows, table, ks)
     users = [row.user for row in rows]
     targets = [table.of_item[row.item] for row in rows]
@@ -636,9 +687,10 @@ def write_predictions(path: Path, rows: list[Row], recommended: Recommended, cat
 
 def result_lines(metrics: dict[str, Any], *, with_train: bool) -> list[str]:
     """The table that a run ends with, and what else a reader should know, in words."""
-    names = [name for name in ("hr@1", "hr@5", "hr@10", "hr@50", "ndcg@10", "mrr@10") if name in metrics["sid"]]
-    main = "hr@10" if "hr@10" in names else names[0]
-    k = main.partition("@")[2]
+    k = main_k(ks_of(metrics))
+    main = f"hr@{k}"
+    wanted = dict.fromkeys(("hr@1", "hr@5", main, "hr@50", f"ndcg@{k}", f"mrr@{k}"))
+    names = [name for name in wanted if name in metrics["sid"]]
     lines = [f"{'SID level':<12}" + "".join(f"{name.upper():>9}" for name in names) + f"{'item ' + main.upper():>15}"]
     recommenders = {"this model": {**metrics["sid"], "item": metrics["item"]}, **metrics["baselines"]}
     for name, found in recommenders.items():
@@ -649,7 +701,7 @@ def result_lines(metrics: dict[str, Any], *, with_train: bool) -> list[str]:
     lines += [
         f"{main.upper()} of this model: 95 % interval {low:.4f} to {high:.4f} (users drawn with replacement)",
         f"New items only ({fresh['rows']:,} rows, history taken out of the list): {main.upper()} {fresh[main]:.4f}",
-        f"Share of rows where one of the first {k} agrees with the truth down to "
+        f"Share of all rows where one of the first {k} agrees with the truth down to "
         + ", ".join(f"level {name.removeprefix('level')}: {value:.3f}" for name, value in recall.items()),
         f"Of all SIDs {100 * metrics['breadth'][f'coverage@{k}']:.1f} % stand among the first {k} of some row"
         + (f"; these are {x:.1f} times as popular as what was bought" if (x := popularity_of(metrics, k)) else ""),
@@ -661,19 +713,24 @@ def result_lines(metrics: dict[str, Any], *, with_train: bool) -> list[str]:
     return lines
 
 
-def popularity_of(metrics: dict[str, Any], k: str) -> float:
+def ks_of(metrics: dict[str, Any]) -> list[int]:
+    """The K that were measured."""
+    return [int(name.partition("@")[2]) for name in metrics["sid"] if name.startswith("hr@")]
+
+
+def popularity_of(metrics: dict[str, Any], k: int) -> float:
     """How popular the first k are against what was bought; 0 where no training rows tell."""
     return metrics["breadth"].get(f"popularity@{k}", 0.0)
 
 
 def draw(path: Path, metrics: dict[str, Any]) -> None:
-    """HR@K and NDCG@K of the model beside the baselines, and down to which level the right SID was found."""
+    """HR@K and NDCG@K of the model beside the baselines, and in how many rows a SID was right down to each level."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    ks = [int(name.partition("@")[2]) for name in metrics["sid"] if name.startswith("hr@")]
+    ks = ks_of(metrics)
     styles = {
         "this model": {"color": "#1f5fbf", "marker": "o", "linewidth": 2.4, "zorder": 3},
         "markov": {"color": "#d1762b", "marker": "s", "linewidth": 1.4},
@@ -708,7 +765,7 @@ def draw(path: Path, metrics: dict[str, Any]) -> None:
         axis.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=1)
     axis.set_xticks(range(depth), [f"level {level}" for level in range(1, depth + 1)])
     axis.set_ylim(0, 1.3 * max(metrics["levels"].values()) + 0.01)
-    axis.set_title("Right down to level, this model")
+    axis.set_title("Right down to level, all rows, this model")
     axis.legend(frameon=False, loc="upper right")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

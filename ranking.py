@@ -66,17 +66,17 @@ def row_values(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, np.ndarray]:
 def level_recall(lists: Lists, targets: list[int], table: SidTable, ks: tuple[int, ...]) -> dict[str, float]:
     """How often one of the first k SIDs agrees with the target down to a level: {"level1@10": 0.41, "level2@10": ...}.
 
-    A level counts the rows whose target reaches it.
+    All rows count at every level. A target that ends above a level is right down to it only as a whole: for the target
+    (a, b), the SID (a, b, c) is right down to level 2 and not to level 3. So no level has more than the one above it,
+    and the last one has HR@k.
     """
-    depth = max(map(len, table.sids))
     found = {}
-    for level in range(1, depth + 1):
-        deep = [i for i, target in enumerate(targets) if len(table.sids[target]) >= level]
-        heads = [[table.sids[number][:level] for number in lists[i][: max(ks)]] for i in deep]
-        wanted = [table.sids[targets[i]][:level] for i in deep]
+    for level in range(1, max(map(len, table.sids)) + 1):
+        heads = [[table.sids[number][:level] for number in ranked[: max(ks)]] for ranked in lists]
+        wanted = [table.sids[target][:level] for target in targets]
         for k in ks:
-            hits = sum(head in ranked[:k] for head, ranked in zip(wanted, heads, strict=True))
-            found[f"level{level}@{k}"] = hits / max(1, len(deep))
+            hits = [head in ranked[:k] for head, ranked in zip(wanted, heads, strict=True)]
+            found[f"level{level}@{k}"] = sum(hits) / len(hits)
     return found
 
 

@@ -141,7 +141,10 @@ def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
     rows = [len(weight) for weight in tables_of(model).values()]
     if vocab_size <= min(rows):
         return
-    model.resize_token_embeddings(max(vocab_size, *rows), mean_resizing=False)
+    try:
+        model.resize_token_embeddings(max(vocab_size, *rows), mean_resizing=False)
+    except Exception as error:  # other people's code
+        raise InputError(f"--base_model: {type(model).__name__} takes no new tokens ({error_text(error)[:100]})") from error
     known = {id(weight) for weight in tables_of(model).values()}
     for name, weight in model.named_parameters():
         if id(weight) not in known and weight.dim() == 2 and len(weight) > before[name]:

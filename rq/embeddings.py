@@ -3,6 +3,8 @@
 N items, R rows of one chunk, D dimensions.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from rq.command_line import BadInput
+from rq.origin import Origin, Record, read_record
 
 CHUNK_BYTES = 128 * 2**20  # a chunk, its residual and its distances fit many times into the 6 GB promised
+NOT_AN_ARRAY = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what np.load raises on other and on broken files
 SCATTERED_ROWS = 2_048  # touching one row maps the 64 KiB around it: 128 MiB at most for so many
 
 
@@ -24,6 +28,12 @@ class Embeddings:
     path: Path
     n_items: int
     n_dims: int
+    record: Record | None = None
+
+    @property
+    def origin(self) -> Origin | None:
+        """The encoder these rows are of, where that is known."""
+        return self.record.origin if self.record else None
 
     def __len__(self) -> int:
         return self.n_items
@@ -88,7 +98,7 @@ def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path 
     """Check the header of `path`: a float array (N, D), with as many rows as there are items where that is known."""
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except NOT_AN_ARRAY as error:
         raise BadInput(f"{path}: not a plain .npy array ({error})") from error
     if not isinstance(mapped, np.ndarray) or mapped.ndim != 2 or mapped.dtype.kind != "f" or 0 in mapped.shape:
         shown = f"{mapped.dtype} {mapped.shape}" if isinstance(mapped, np.ndarray) else "an archive"
@@ -97,4 +107,4 @@ def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path 
         raise BadInput(
             f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; embed that file again with rq.text2emb"
         )
-    return Embeddings(path, *mapped.shape)
+    return Embeddings(path, *mapped.shape, record=read_record(path, mapped))

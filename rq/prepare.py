@@ -6,21 +6,21 @@ index of; then with --index added, for the train / valid / test CSVs and the inf
 """
 
 import argparse
-import ast
 import contextlib
 import csv
-import gzip
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq import command_line
+from rq import command_line, settings
 from rq.catalogue import plain, read_items
 from rq.command_line import BadInput, log
 from rq.generate_indices import read_index, sid_tokens
+from rq.tables import FIELD_NAMES, Table, read_table
+from rq.timestamps import Column, read_times
 from rq.whole_files import whole_file
 
 if TYPE_CHECKING:
@@ -35,17 +35,6 @@ CSV_COLUMNS = (
     "history_item_sid",
     "item_sid",
 )
-# What a field may be called in a user's own table, in Amazon Reviews 2014/2018 and in 2023; the first one present is
-# read.
-FIELD_NAMES = {
-    "user": ("user_id", "user", "reviewerID", "userId"),
-    "item": ("item_id", "item", "parent_asin", "asin", "itemId"),
-    "time": ("timestamp", "time", "unixReviewTime", "date"),
-    "title": ("title", "item_title", "name"),
-    "description": ("description",),
-    "brand": ("brand", "store"),
-    "categories": ("categories", "category", "main_category"),
-}
 VALID_SHARE, TEST_SHARE = 0.1, 0.1
 
 
@@ -56,81 +45,7 @@ class Window:
     user: str
     history: tuple[int, ...]
     target: int
-    time: float
-
-
-def read_table(
-    path: Path, fields: Sequence[str], *, names: dict[str, str | None], optional: Sequence[str] = ()
-) -> "pd.DataFrame":
-    """The columns `fields` of a CSV, Parquet or JSON-lines file
-    (.gz too), renamed to the field; absent optional ones are ''.
-    """
-    import pandas as pd
-
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    try:
-        if kind in ("csv", "tsv"):
-            separator = "," if kind == "csv" else "\t"
-            raw = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        elif kind == "parquet":
-            raw = pd.read_parquet(path)
-        elif kind in ("json", "jsonl"):
-            raw = pd.DataFrame.from_records(list(_json_lines(path, _wanted(fields, names))))
-        else:
-            raise BadInput(f"{path}: a .{kind} file; expected .csv, .tsv, .parquet, .json or .jsonl (one object a line)")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: {error}") from error
-    columns = {}
-    for field in fields:
-        candidates = (names[field],) if names.get(field) else FIELD_NAMES[field]
-        found = next((name for name in candidates if name in raw.columns), None)
-        if found is None and field not in optional:
-            shown = ", ".join(map(str, raw.columns[:12])) or "no column"
-            raise BadInput(
-                f"{path}: no column for the {field} among {shown}; "
-                f"expected {' or '.join(candidates)}, or name it by --{field}_column"
-            )
-        columns[field] = raw[found] if found else ""
-    told = ", ".join(f"{field} from {column.name}" for field, column in columns.items() if isinstance(column, pd.Series))
-    log.info("%s: %s rows, %s", path, f"{len(raw):,}", told)
-    return pd.DataFrame(columns, index=raw.index)
-
-
-def _wanted(fields: Sequence[str], names: dict[str, str | None]) -> set[str]:
-    return {name for field in fields for name in ((names[field],) if names.get(field) else FIELD_NAMES[field])}
-
-
-def _json_lines(path: Path, wanted: set[str]) -> Iterator[dict]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = _python_literal(line)  # the 2014 metadata are Python dicts
-            if not isinstance(record, dict):
-                raise BadInput(f"{path}:{number}: expected one JSON object a line, came {line.strip()[:60]!r}")
-            yield {name: value for name, value in record.items() if name in wanted}
-
-
-def _python_literal(line: str) -> object:
-    try:
-        return ast.literal_eval(line.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-
-
-def seconds(times: "pd.Series") -> "pd.Series":
-    """Timestamps as float seconds: numbers as they are, dates in UTC, NaN for what is neither."""
-    import pandas as pd
-
-    numeric = pd.to_numeric(times, errors="coerce").astype("float64")
-    if numeric.notna().all():
-        return numeric
-    dates = pd.to_datetime(times.where(numeric.isna()), errors="coerce", utc=True, format="mixed")
-    from_dates = (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
-    return numeric.where(numeric.notna(), from_dates)
+    time: float  # grows with time, in whatever unit the column has
 
 
 def catalogue(metadata: "pd.DataFrame") -> dict[str, dict[str, str]]:
@@ -152,9 +67,10 @@ def catalogue(metadata: "pd.DataFrame") -> dict[str, dict[str, str]]:
 
 
 def _text(value: object) -> str:
+    """A cell as text without blanks around it; 12.0 is what became of 12 where another cell of the column is empty."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _flat(value: object) -> list[str]:
@@ -168,11 +84,16 @@ def _list_text(value: object) -> str:
     return repr(parts) if (parts := _flat(value)) else ""
 
 
-def filter_interactions(rows: "pd.DataFrame", *, known_items: Iterable[str], k_core: int) -> "pd.DataFrame":
-    """Rows that can be used, ordered by time; what is dropped is
-    logged by reason. The k-core is iterated to its fixed point.
+def filter_interactions(table: Table, *, known_items: Iterable[str], k_core: int, dayfirst: bool | None) -> "pd.DataFrame":
+    """Rows that can be used, ordered by time, equal times as in the
+    file; what is dropped is logged by reason. The k-core is iterated to its fixed point.
     """
     import pandas as pd
+
+    rows = table.rows
+    column = Column(table.names["time"], rows.time, table.place)
+    times = read_times(column, dayfirst=dayfirst)
+    log.info("%s: %s read as %s", table.path, column.name, times.told)
 
     dropped: dict[str, int] = {}
 
@@ -182,9 +103,11 @@ def filter_interactions(rows: "pd.DataFrame", *, known_items: Iterable[str], k_c
         rows = rows[good]
 
     read = len(rows)
-    rows = rows.assign(user=rows.user.map(_text), item=rows.item.map(_text), time=seconds(rows.time))
+    rows = rows.assign(user=rows.user.map(_text), item=rows.item.map(_text), time=times.order)
     keep("no user or item id", (rows.user != "") & (rows.item != ""))
-    keep("unreadable timestamp", rows.time.notna())
+    keep("no timestamp", ~times.empty[rows.index])
+    unreadable = rows.time.isna()
+    keep("unreadable timestamp", ~unreadable)
     keep("repeats user, item and time", ~rows.duplicated(["user", "item", "time"]))
     keep("item has no title", rows.item.isin(pd.Index(list(known_items))))
     before = -1
@@ -195,9 +118,11 @@ def filter_interactions(rows: "pd.DataFrame", *, known_items: Iterable[str], k_c
     log.info("interactions: %s read, %s kept", f"{read:,}", f"{len(rows):,}")
     for reason, count in dropped.items():
         log.info("  dropped, %s: %s", reason, f"{count:,}")
+    if unreadable.any():
+        log.info("  the first unreadable timestamp: %s", column.shown(unreadable.idxmax()))
     if rows.empty:
         raise BadInput("no interaction is left; check the columns read, or give a smaller --k_core")
-    return rows.sort_values("time", kind="stable")
+    return rows.astype({"time": rows.time.dtype.numpy_dtype}).sort_values("time", kind="stable")
 
 
 def windows(rows: "pd.DataFrame", number_of: dict[str, int], *, max_history: int) -> list[list[Window]]:
@@ -248,14 +173,36 @@ def csv_row(window: Window, titles: Sequence[str], sids: Sequence[str]) -> list[
     ]
 
 
+def read_numbers(ids_file: Path) -> dict[str, int]:
+    """{raw id: number} of an earlier run, numbers 0..N-1 in this order."""
+    try:
+        with open(ids_file, encoding="utf-8", newline="") as file:
+            numbers = {row["raw_id"].strip(): int(row["item_id"]) for row in csv.DictReader(file)}
+    except (csv.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"{ids_file}: not the table of ids that this command writes ({error}); --overwrite numbers anew"
+        ) from error
+    if list(numbers.values()) != list(range(len(numbers))):
+        raise BadInput(f"{ids_file}: the numbers are not 0, 1, .. in order, each raw id once; --overwrite numbers anew")
+    return numbers
+
+
+def check_same_items(items: Sequence[dict], item_file: Path, numbers: dict[str, int], ids_file: Path) -> None:
+    """Stop unless the item file and the table of ids are of one run."""
+    if len(items) != len(numbers):
+        raise BadInput(
+            f"{item_file} has {len(items):,} items, {ids_file} {len(numbers):,}: the two are not of one run; "
+            "bring back the missing one, or number anew with --overwrite"
+        )
+
+
 def number_items(rows: "pd.DataFrame", ids_file: Path, *, renumber: bool, may_grow: bool) -> dict[str, int]:
     """{raw id: number} of all items; numbers given in an earlier
     run stay, new items follow in the order they first appear.
     """
     numbers: dict[str, int] = {}
     if ids_file.exists() and not renumber:
-        with open(ids_file, encoding="utf-8", newline="") as file:
-            numbers = {row["raw_id"]: int(row["item_id"]) for row in csv.DictReader(file)}
+        numbers = read_numbers(ids_file)
     known = len(numbers)
     for raw_id in rows.item.drop_duplicates():
         numbers.setdefault(raw_id, len(numbers))
@@ -268,16 +215,22 @@ def number_items(rows: "pd.DataFrame", ids_file: Path, *, renumber: bool, may_gr
     return numbers
 
 
-def write_items(flags: argparse.Namespace, rows: "pd.DataFrame", items: dict[str, dict[str, str]]) -> None:
-    """First run: `.item.json` and the table of ids. An item already there keeps its number and its text."""
+def write_items(
+    flags: argparse.Namespace, rows: "pd.DataFrame", items: dict[str, dict[str, str]], *, kept_settings: str
+) -> None:
+    """First run: `.item.json`, the table of ids and the settings. An item already there keeps its number and its text."""
     item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
     if item_file.exists() and not (flags.append or flags.overwrite):
         raise BadInput(
             f"{item_file} exists; add --index for the CSVs, --append for new items, or --overwrite to number items anew"
         )
-    numbers = number_items(rows, ids_file, renumber=not (flags.append and item_file.exists()), may_grow=True)
     published = read_items(item_file) if flags.append and item_file.exists() else []
-    with whole_file(item_file) as file, whole_file(ids_file) as ids:
+    if published:
+        check_same_items(published, item_file, read_numbers(ids_file), ids_file)
+    numbers = number_items(rows, ids_file, renumber=not published, may_grow=True)
+    settings_path = settings.settings_file(flags.output_dir, flags.name)
+    with whole_file(item_file) as file, whole_file(ids_file) as ids, whole_file(settings_path) as kept:
+        kept.write(kept_settings)
         writer = csv.writer(ids, lineterminator="\n")
         writer.writerow(("raw_id", "item_id"))
         for raw_id, number in numbers.items():
@@ -289,7 +242,7 @@ def write_items(flags: argparse.Namespace, rows: "pd.DataFrame", items: dict[str
     log.info("next: rq.text2emb, a quantizer, then this command again with --index")
 
 
-def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame") -> None:
+def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings: str) -> None:
     """Second run: the CSVs and the info file, with the SIDs of --index."""
     item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
     if not item_file.exists() or not ids_file.exists():
@@ -305,11 +258,16 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame") -> None:
         )
     sids = ["".join(sid_tokens(codes)) for codes in index.values()]
     numbers = number_items(rows, ids_file, renumber=False, may_grow=False)
+    check_same_items(titles, item_file, numbers, ids_file)
+    if unused := len(titles) - rows.item.nunique():
+        log.info("%s of %s items are in no row that is kept", f"{unused:,}", f"{len(titles):,}")
     by_user = windows(rows, numbers, max_history=flags.max_history)
     parts = split_windows(by_user, split=flags.split)
     targets = {part: flags.output_dir / f"{flags.name}.{part}.csv" for part in parts}
     info_file = flags.output_dir / f"{flags.name}.info.txt"
     for path in (*targets.values(), info_file):
+        if path.resolve() in (flags.interactions.resolve(), flags.items.resolve()):
+            raise BadInput(f"{path} is also an input of this run; give another --name or --output_dir")
         if path.exists() and not flags.overwrite:
             raise BadInput(f"{path} exists; give --overwrite to replace it, or another --output_dir")
     with contextlib.ExitStack() as stack:
@@ -317,6 +275,8 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame") -> None:
             writer = csv.writer(stack.enter_context(whole_file(targets[part])), lineterminator="\n")
             writer.writerow(CSV_COLUMNS)
             writer.writerows(csv_row(window, titles, sids) for window in part_windows)
+        kept = stack.enter_context(whole_file(settings.settings_file(flags.output_dir, flags.name)))
+        kept.write(kept_settings)
         info = stack.enter_context(whole_file(info_file))
         info.writelines(f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True)))
     log.info(
@@ -366,25 +326,25 @@ def main(argv: list[str] | None = None) -> None:
         default=False,
         help="first run: keep the numbers of known items, add new ones",
     )
+    add("--k_core", type=command_line.at_least(1), help="drop users and items with fewer rows, until none has (5)")
+    add("--split", choices=settings.SPLITS, help="80/10/10 by time of the target, or by user (global)")
+    add("--max_history", type=command_line.at_least(1), help="items of a history at most (10)")
     add(
-        "--k_core",
-        type=command_line.at_least(1),
-        default=5,
-        help="drop users and items with fewer rows, until none has (5)",
+        "--dayfirst",
+        type=command_line.switch,
+        nargs="?",
+        const=True,
+        help="read 02/01/2016 as 2 January, or as 1 February with False (by the rows that decide it)",
     )
-    add(
-        "--split",
-        choices=("global", "leave_one_out"),
-        default="global",
-        help="80/10/10 by time of the target, or by user (global)",
-    )
-    add("--max_history", type=command_line.at_least(1), default=10, help="items of a history at most (10)")
     for field in FIELD_NAMES:
         add(f"--{field}_column", metavar="NAME", help=f"column of the {field} ({', '.join(FIELD_NAMES[field])})")
     flags = parser.parse_args(argv)
-    names = {field: getattr(flags, f"{field}_column") for field in FIELD_NAMES}
     if flags.append and flags.index:
         raise BadInput("--append adds items, which have no SID yet; run it without --index first")
+    settings_path = settings.settings_file(flags.output_dir, flags.name)
+    remembered = settings.read_settings(settings_path)
+    settings.fill_in(flags, remembered, path=settings_path)
+    names = {field: getattr(flags, f"{field}_column") for field in FIELD_NAMES}
 
     metadata = read_table(
         flags.items,
@@ -392,13 +352,15 @@ def main(argv: list[str] | None = None) -> None:
         names=names,
         optional=("description", "brand", "categories"),
     )
-    items = catalogue(metadata)
+    items = catalogue(metadata.rows)
     interactions = read_table(flags.interactions, ("user", "item", "time"), names=names)
-    rows = filter_interactions(interactions, known_items=items, k_core=flags.k_core)
+    rows = filter_interactions(interactions, known_items=items, k_core=flags.k_core, dayfirst=flags.dayfirst)
+    kept_settings = settings.to_keep(flags, remembered, rows_kept=len(rows))
     if flags.index:
-        write_csvs(flags, rows)
+        settings.tell_other_rows(flags, remembered, rows_kept=len(rows))
+        write_csvs(flags, rows, kept_settings=kept_settings)
     else:
-        write_items(flags, rows, items)
+        write_items(flags, rows, items, kept_settings=kept_settings)
 
 
 if __name__ == "__main__":

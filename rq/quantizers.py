@@ -6,7 +6,7 @@ N items, R rows of a chunk, L levels, K centroids of a level, D input dimensions
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from rq.clustering import sinkhorn_prices, squared_distances
 from rq.command_line import BadInput
-from rq.embeddings import Embeddings
+from rq.embeddings import NOT_AN_ARRAY, Embeddings
+from rq.origin import Origin, check_fit, origin_from
 from rq.whole_files import whole_path
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -39,6 +40,7 @@ class Design:
     beam: int = 1
     sinkhorn_epsilons: tuple[float, ...] = ()
     seed: int = 42
+    origin: Origin | None = None  # of the embeddings it was trained on, where that is known
 
 
 def perceptron(widths: Sequence[int]) -> nn.Sequential:
@@ -298,6 +300,16 @@ def choose_device(name: str) -> str:
     return name
 
 
+def is_of_these(quantizer: Quantizer, embeddings: Embeddings, *, checkpoint: Path) -> bool:
+    """Refuse embeddings of another encoder than the quantizer's; False where that cannot be told."""
+    return check_fit(quantizer.design.origin, embeddings.origin, checkpoint=checkpoint, npy=embeddings.path)
+
+
+def take_origin(quantizer: Quantizer, embeddings: Embeddings) -> None:
+    """Let the checkpoint say which encoder the embeddings it was trained on are of."""
+    quantizer.design = replace(quantizer.design, origin=embeddings.origin)
+
+
 def save_checkpoint(quantizer: Quantizer, folder: Path) -> None:
     """Write model.safetensors and config.json into `folder`, both or neither; no pickle."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in quantizer.state_dict().items()}
@@ -329,12 +341,17 @@ def _load_folder(folder: Path) -> Quantizer:
             f"{folder}: not a quantizer checkpoint ({error}); expected a folder with {CONFIG} and {WEIGHTS}"
         ) from error
     try:
+        if config.get("origin"):
+            config["origin"] = origin_from(config["origin"], where=folder / CONFIG)
         design = Design(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise BadInput(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
     if design.method not in METHODS:
         raise BadInput(f"{folder / CONFIG}: method {design.method!r} is none of {', '.join(METHODS)}")
-    quantizer = Quantizer(design)
+    try:
+        quantizer = Quantizer(design)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
     expected = quantizer.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
@@ -351,7 +368,7 @@ def _load_codebooks(path: Path) -> Quantizer:
     try:
         with np.load(path, allow_pickle=False) as archive:
             codebooks = [archive[f"codebook_{level}"] for level in range(len(archive.files))]
-    except (ValueError, KeyError, OSError) as error:
+    except (*NOT_AN_ARRAY, KeyError, OSError, TypeError) as error:
         raise BadInput(f"{path}: {error}; expected arrays codebook_0, codebook_1, .. of shape (K, D)") from error
     if not codebooks or any(book.ndim != 2 or book.shape[1] != codebooks[0].shape[1] for book in codebooks):
         raise BadInput(f"{path}: shapes {[book.shape for book in codebooks]}; expected (K, D) with one D for every level")

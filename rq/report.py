@@ -151,6 +151,7 @@ def add_errors(report: Report, index: dict[int, tuple[int, ...]], embeddings: "E
     from rq import quantizers
 
     quantizer = quantizers.load_checkpoint(checkpoint, n_dims=embeddings.n_dims, data_path=embeddings.path)
+    quantizers.is_of_these(quantizer, embeddings, checkpoint=checkpoint)
     check_codes(codes_NL, quantizer.design.levels, where=report.name)
     report.own_mse = quantizers.squared_error(quantizer, x_RD, codes_NL[measured])
     report.own = [error / float(x_RD.var(axis=0).mean() or 1) for error in report.own_mse]

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     embeddings = generate_indices.open_data(flags)
     sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
     if flags.resume_from_checkpoint:
-        quantizer = training.resume(flags, method="rqkmeans_plus", n_dims=embeddings.n_dims)
+        quantizer = training.resume(flags, method="rqkmeans_plus", embeddings=embeddings)
     else:
         quantizer = warm_start(sample_SD, flags)
     quantizer = training.train(quantizer, embeddings, sample_SD, flags)

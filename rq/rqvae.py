@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     embeddings = generate_indices.open_data(flags)
     sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
     if flags.resume_from_checkpoint:
-        quantizer = training.resume(flags, method="rqvae", n_dims=embeddings.n_dims)
+        quantizer = training.resume(flags, method="rqvae", embeddings=embeddings)
     else:
         torch.manual_seed(flags.seed)
         quantizer = quantizers.Quantizer(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rq import command_line
 from rq.catalogue import TEXT_FIELDS, item_text, read_items
 from rq.command_line import BadInput, log
+from rq.origin import Origin, sha256_of, sha256_of_weights, write_record
 from rq.whole_files import whole_path
 
 if TYPE_CHECKING:
@@ -131,13 +132,16 @@ class HuggingFaceEncoder:
 
     def __init__(self, name: str, *, pooling: str, max_len: int, batch_size: int, device: str) -> None:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import cached_file
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
             model = AutoModel.from_pretrained(name, dtype=dtype)
-        except (OSError, ValueError) as error:
+            self.folder = Path(cached_file(name, "config.json")).parent
+        except (OSError, ValueError, SafetensorError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise BadInput(f"--encoder {name}: {first_line} Expected tfidf, a folder, or a Hugging Face name") from error
         config = model.config
@@ -226,6 +230,16 @@ def write_tfidf(texts: Sequence[str], flags: argparse.Namespace) -> None:
         if flags.encoder == "tfidf":
             save_tfidf(folder, words, idf_V, components_DV)
             log.info("wrote %s: give it as --encoder to embed new items alike", folder)
+        encoder = folder if flags.encoder == "tfidf" else Path(flags.encoder)
+        origin = Origin(
+            encoder=encoder.name,
+            encoder_sha256=sha256_of([encoder / VOCABULARY, encoder / WEIGHTS]),
+            pooling="",
+            max_len=0,
+            normalize=flags.normalize,
+            fields=flags.fields,
+        )
+        write_record(flags.output, origin, texts, rows_ND)
 
 
 def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
@@ -269,6 +283,16 @@ def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
             f"{len(texts):,}",
             encoder.max_len,
         )
+        if state.is_main_process:
+            origin = Origin(
+                encoder=Path(flags.encoder).name if Path(flags.encoder).exists() else flags.encoder,
+                encoder_sha256=sha256_of_weights(encoder.folder),
+                pooling=encoder.pooling,
+                max_len=encoder.max_len,
+                normalize=flags.normalize,
+                fields=flags.fields,
+            )
+            write_record(flags.output, origin, texts, rows_ND)
 
 
 @command_line.command("text2emb")
@@ -313,6 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     command_line.refuse_to_overwrite(flags, outputs=("output",))
 
     fields = [field for field in flags.fields.split(",") if field]
+    flags.fields = ",".join(fields)
     items = read_items(flags.item_file)
     texts = [item_text(item, fields) for item in items]
     empty = sum(not text for text in texts)

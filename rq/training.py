@@ -88,6 +88,7 @@ def train(quantizer: Quantizer, embeddings: Embeddings, sample_SD: np.ndarray, f
     """Train until neither error nor collisions of the sample
     improve; returns the best quantizer met, in every process.
     """
+    quantizers.take_origin(quantizer, embeddings)
     accelerator = Accelerator(
         cpu=flags.device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
@@ -180,13 +181,14 @@ def revive(
                 moment[codes] = 0
 
 
-def resume(flags: argparse.Namespace, *, method: str, n_dims: int) -> Quantizer:
-    """The quantizer of --resume_from_checkpoint, refused when its method or levels are not those of this run."""
-    quantizer = quantizers.load_checkpoint(flags.resume_from_checkpoint, n_dims=n_dims, data_path=flags.data_path)
+def resume(flags: argparse.Namespace, *, method: str, embeddings: Embeddings) -> Quantizer:
+    """The quantizer of --resume_from_checkpoint, refused when its method, levels or encoder are not those of this run."""
+    quantizer = quantizers.load_checkpoint(flags.resume_from_checkpoint, n_dims=embeddings.n_dims, data_path=flags.data_path)
     if quantizer.design.method != method or quantizer.design.levels != flags.levels:
         raise BadInput(
             f"{flags.resume_from_checkpoint}: "
             f"a {quantizer.design.method} of levels {','.join(map(str, quantizer.design.levels))}, "
             f"this run is {method} of {','.join(map(str, flags.levels))}"
         )
+    quantizers.is_of_these(quantizer, embeddings, checkpoint=flags.resume_from_checkpoint)
     return quantizer

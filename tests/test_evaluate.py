@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, byte_bpe, small_model
+from families import small_family
 from sklearn.metrics import ndcg_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
 from beam_search import (
+    OwnForwardDecoder,
     SharedPromptDecoder,
     WholeSequenceDecoder,
     build_trie,
@@ -31,6 +33,7 @@ from data import (
     DEFAULT_TASKS,
     TASKS,
     Catalogue,
+    InputError,
     Item,
     Row,
     read_catalogue,
@@ -122,7 +125,11 @@ def brute_force(model, prompt: np.ndarray, sequences: list[list[int]]) -> tuple[
 
 
 def decoders_of(model, prompts: list[np.ndarray]) -> list:
-    return [SharedPromptDecoder(model, common_template(prompts)), WholeSequenceDecoder(model)]
+    return [
+        SharedPromptDecoder(model, common_template(prompts)),
+        WholeSequenceDecoder(model),
+        OwnForwardDecoder(model),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- beam search
@@ -226,6 +233,33 @@ def test_scores_know_what_an_architecture_does_to_its_logits(kind):
         assert found.leaf[place].tolist() == order
 
 
+@pytest.mark.parametrize(
+    ("kind", "decoder"),
+    [
+        ("hyperclovax", "SharedPromptDecoder"),
+        ("deepseek_v3", "SharedPromptDecoder"),
+        ("falcon-alibi", "WholeSequenceDecoder"),
+        ("gemma4_text", "WholeSequenceDecoder"),
+        ("bert", "OwnForwardDecoder"),
+        ("falcon_h1", "OwnForwardDecoder"),
+        ("llama4_text", "OwnForwardDecoder"),
+    ],
+)
+def test_every_family_is_ranked_by_its_own_forward(kind, decoder):
+    """The fastest decoder that is right for a family is chosen, and its lists are those of the model's own logits."""
+    tokenizer = byte_bpe(TEXT)
+    add_sid_tokens(tokenizer, sorted({token for sid in MIXED for token in sid}))
+    model = small_family(kind, len(tokenizer))
+    rows = [Row("", (0,), 1), Row("", (1, 2, 0), 2)]
+    evaluator = evaluate.Evaluator(tokenizer, catalogue_of(MIXED), WORDING, rows, num_beams=100)
+    assert type(evaluator.decoder(model)).__name__ == decoder
+    found = evaluator.recommend(model)
+    for place, prompt in enumerate(evaluator.prompts):
+        order, scores = brute_force(model, prompt, evaluator.sequences)
+        assert np.allclose(found.score[place], scores, atol=1e-3, rtol=0)
+        assert found.sid[place].tolist() == order
+
+
 @pytest.mark.parametrize("num_beams", [1, 3, 9, 26, 1000])
 def test_no_beam_is_invalid_or_double(num_beams):
     model, prompts, ids, end = toy("byte-level", MIXED)
@@ -263,6 +297,137 @@ def test_free_search_is_generate_without_a_constraint():
     for decoder in decoders_of(model, prompts):
         found = search_freely(decoder, prompts, 5, levels=3, end_id=-1)
         assert found[1].tolist() == out[:, len(prompts[1]) :].tolist()
+
+
+def random_sids(rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """A catalogue of depth 1 to 5 as token ids from 1 up; what begins a SID is, by a random share, a SID too."""
+    depth, codes, share = int(rng.integers(1, 6)), int(rng.integers(1, 6)), rng.random()
+    step = codes if rng.random() < 0.7 else 0  # 0: the same tokens on every level
+    sids = {
+        tuple(int(1 + level * step + rng.integers(codes)) for level in range(rng.integers(1, depth + 1)))
+        for _ in range(rng.integers(1, 40))
+    }
+    sids |= {sid[:size] for sid in sorted(sids) for size in range(1, len(sid)) if rng.random() < share}
+    return [sorted(sids)[i] for i in rng.permutation(len(sids))]
+
+
+@torch.no_grad()
+def prefix_scores(model, prompt: np.ndarray, sequences: list[list[int]]) -> dict[tuple[int, ...], float]:
+    """The log p of every beginning of some sequences, from the plain forward of each sequence."""
+    size = len(prompt) + max(map(len, sequences))
+    rows = [[*prompt, *sequence] for sequence in sequences]
+    log_p = model(torch.tensor([row + [0] * (size - len(row)) for row in rows])).logits.log_softmax(-1)
+    found = {(): 0.0}
+    for sequence, steps in zip(sequences, log_p[:, len(prompt) - 1 :], strict=True):
+        for level, token in enumerate(sequence):
+            found[tuple(sequence[: level + 1])] = found[tuple(sequence[:level])] + steps[level, token].item()
+    return found
+
+
+def best_first(written: list[tuple[int, ...]], scores: dict[tuple[int, ...], float], size: int) -> list[tuple[int, ...]]:
+    return sorted(written, key=lambda tokens: -scores[tokens])[:size]
+
+
+def plain_beams(scores: dict[tuple[int, ...], float], whole: set[tuple[int, ...]], num_beams: int) -> list[tuple[int, ...]]:
+    """Beam search in plain words: each level keeps its best unfinished beginnings; what is whole waits apart."""
+    beams, finished = [()], []
+    while beams:
+        children = [tokens for tokens in scores if tokens and tokens[:-1] in beams]
+        finished += [tokens for tokens in children if tokens in whole]
+        beams = best_first([tokens for tokens in children if tokens not in whole], scores, num_beams)
+    return best_first(finished, scores, num_beams)
+
+
+def check_search(sids: list[tuple[int, ...]], all_beams: list[int], *, tied: bool) -> None:
+    """The search's lists and scores are those of plain_beams; with a beam for each beginning, those of all sequences."""
+    model = small_model("qwen2", 30, tie_word_embeddings=tied).eval()
+    prompts = [np.array([3, 21, 22, 23, 24][:size] + [25] * extra) for size, extra in ((5, 1), (3, 0), (5, 4))]
+    sequences = score_sequences(sids, 0)
+    for sid, sequence in zip(sids, sequences, strict=True):
+        ambiguous = any(sid[: len(other)] == other or other[: len(sid)] == sid for other in sids if other != sid)
+        assert sequence == [*sid, 0] if ambiguous else sequence == list(sid)
+    trie = build_trie(sequences)
+    numbers = {tuple(sequence): number for number, sequence in enumerate(sequences)}
+    scores = [prefix_scores(model, prompt, sequences) for prompt in prompts]
+    for num_beams, decoder in itertools.product([*all_beams, len(scores[0])], decoders_of(model, prompts)):
+        found = search(decoder, trie, prompts, num_beams)
+        for place in range(len(prompts)):
+            if num_beams < len(scores[place]):
+                expected = plain_beams(scores[place], set(numbers), num_beams)
+            else:
+                expected = best_first(list(numbers), scores[place], num_beams)
+            shown = f"{sids}, {num_beams} beams, {type(decoder).__name__}"
+            assert found.leaf[place].tolist() == [numbers[tokens] for tokens in expected], shown
+            assert np.allclose(found.score[place], [scores[place][tokens] for tokens in expected], atol=1e-4, rtol=0), shown
+            assert len(expected) == min(num_beams, len(sids)), "as many as asked for, or the whole catalogue"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_catalogue_is_searched_as_in_plain_words(seed):
+    rng = np.random.default_rng(seed)
+    sids = random_sids(rng)
+    check_search(sids, [1, 2, int(rng.integers(3, 3 + len(sids)))], tied=bool(seed % 2))
+
+
+NARROW = {
+    "one SID": [(1, 5, 9)],
+    "one SID of one token": [(1,)],
+    "depth 1": [(1,), (2,), (3,), (4,)],
+    "each begins the next": [(1,), (1, 5), (1, 5, 9), (1, 5, 9, 13)],
+    "an appended item beside an old one": [
+        *((1, 12, 15), (1, 12, 17), (1, 14, 18), (3, 14, 18), (4, 12, 17), (4, 13, 16)),
+        *((3, 11, 15), (3, 11, 15, 24)),
+    ],
+    "a long SID beside many short ones": [(1, 5, 9, 13, 17), *((token,) for token in range(2, 12))],
+}
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_a_catalogue_in_which_beams_run_out_is_searched_to_its_end(case):
+    check_search(NARROW[case], [1, 2, 3, 50], tied=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_model_that_is_not_finite_is_searched_to_the_end_and_its_nan_stands_first(seed):
+    rng = np.random.default_rng(seed)
+    sids = random_sids(rng)
+    prompts = [np.array([26, 27, 28]), np.array([26, 29])]
+    model = small_model("qwen2", 30, tie_word_embeddings=False).eval()
+    trie = build_trie(score_sequences(sids, 0))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1] = torch.nan  # the beams that go on from this token alone
+        for decoder, num_beams in itertools.product(decoders_of(model, prompts), (1, 3, 50)):
+            search(decoder, trie, prompts, num_beams)
+        model.get_input_embeddings().weight[26] = torch.nan  # every prompt
+    for decoder, num_beams in itertools.product(decoders_of(model, prompts), (1, 3, 50)):
+        assert search(decoder, trie, prompts, num_beams).score[:, 0].isnan().all()
+
+
+@torch.no_grad()
+def plain_free_beams(model, prompt: np.ndarray, num_beams: int, levels: int, end: int) -> list[list[int]]:
+    """Beam search over all tokens in plain words: what has ended goes on with ends, which cost nothing."""
+    beams = [((), 0.0)]
+    for _ in range(levels):
+        candidates = []
+        for written, score in beams:
+            if end in written:
+                candidates.append(((*written, end), score))
+                continue
+            log_p = model(torch.tensor([[*prompt, *written]])).logits[0, -1].log_softmax(-1).tolist()
+            candidates += [((*written, token), score + step) for token, step in enumerate(log_p)]
+        beams = sorted(candidates, key=lambda candidate: -candidate[1])[:num_beams]
+    return [list(written) for written, _ in beams]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 5, 7, 20, 21, 500])
+def test_free_search_takes_more_beams_than_there_are_tokens_or_even_sequences(num_beams):
+    """5 tokens of which one ends: 5 sequences of one level, 1 + 4 x 5 = 21 of two, 1 + 4 x 21 = 85 of three."""
+    model = small_model("qwen2", 5, tie_word_embeddings=False).eval()
+    prompts = [np.array(prompt) for prompt in ([1, 2, 3], [1, 2], [1, 4, 4, 2])]
+    for decoder, levels in itertools.product(decoders_of(model, prompts), (1, 2, 3)):
+        found = search_freely(decoder, prompts, num_beams, levels=levels, end_id=0).tolist()
+        assert found == [plain_free_beams(model, prompt, num_beams, levels, 0) for prompt in prompts]
+        assert len(found[0]) == min(num_beams, {1: 5, 2: 21, 3: 85}[levels])
 
 
 # ---------------------------------------------------------------------------------------------- metrics
@@ -317,10 +482,32 @@ def test_without_history_drops_it_from_lists_and_rows():
     assert means(found["item_without_history"])["rows"] == 2  # the twin of a bought item is new as an item
 
 
-def test_level_recall_counts_the_rows_that_reach_a_level():
+def test_level_recall_counts_every_row_at_every_level():
+    """The truth of the first row is a_0 b_0, found is a_0 b_1: it still counts, as wrong, at the level it does not reach."""
     table = sid_table(TOY, Counter())
     found = level_recall([[1], [2]], [0, 2], table, (1,))
-    assert found == {"level1@1": 1.0, "level2@1": 0.5, "level3@1": 1.0}
+    assert found == {"level1@1": 1.0, "level2@1": 0.5, "level3@1": 0.5}
+
+
+def test_a_sid_that_begins_the_one_found_is_right_down_to_its_own_end_only():
+    table = sid_table(catalogue_of([("<a_0>", "<b_0>"), ("<a_0>", "<b_0>", "<c_0>")]), Counter())
+    right_down_to = {"level1@1": 1.0, "level2@1": 1.0}
+    assert level_recall([[1]], [0], table, (1,)) == right_down_to | {"level3@1": 0.0}
+    assert level_recall([[0]], [1], table, (1,)) == right_down_to | {"level3@1": 0.0}
+    assert level_recall([[0]], [0], table, (1,)) == right_down_to | {"level3@1": 1.0}
+
+
+def test_level_recall_never_rises_and_ends_with_the_hit_rate():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        table = sid_table(catalogue_of([tuple(map(str, sid)) for sid in random_sids(rng)]), Counter())
+        lists = [rng.permutation(len(table.sids)).tolist() for _ in range(30)]
+        targets = rng.integers(len(table.sids), size=30).tolist()
+        hits = means(row_values(ranks_of(lists, targets), (1, 3)))
+        for k in (1, 3):
+            shares = [share for name, share in level_recall(lists, targets, table, (1, 3)).items() if name.endswith(f"@{k}")]
+            assert shares == sorted(shares, reverse=True)
+            assert shares[-1] == pytest.approx(hits[f"hr@{k}"])
 
 
 def test_breadth_is_coverage_and_popularity_against_what_was_bought():
@@ -397,6 +584,40 @@ def test_the_batch_size_changes_no_recommendation():
     )
     assert (one.sid == many.sid).all()
     assert np.allclose(one.score, many.score, atol=1e-4)
+
+
+def evaluator_of(sids: list[tuple[str, ...]], rows: list[Row], **settings) -> tuple[evaluate.Evaluator, PreTrainedModel]:
+    """An evaluator of some rows on a toy catalogue, and an untied model."""
+    tokenizer = byte_bpe(TEXT, 300)
+    add_sid_tokens(tokenizer, sorted({token for sid in sids for token in sid}))
+    model = small_model("qwen2", len(tokenizer), tie_word_embeddings=False).eval()
+    return evaluate.Evaluator(tokenizer, catalogue_of(sids), WORDING, rows, **settings), model
+
+
+def test_a_value_that_is_no_number_is_told_though_only_the_last_rows_meet_it():
+    rows = [Row("u", (place % 5,) * (1 + place // 5), 3) for place in range(20)]
+    rows[-1] = Row("u", (19,) * 4, 3)
+    evaluator, model = evaluator_of([*FIXED[:19], ("<x_0>", *FIXED[19][1:])], rows, num_beams=1, batch_size=4)
+    evaluator.recommend(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[evaluator.sids[19][0], 5] = torch.nan
+    with pytest.raises(InputError, match=r"^the model: model.embed_tokens.weight holds 1 values that are NaN or infinite, "):
+        evaluator.metrics(model)
+
+
+def test_finite_weights_that_overflow_are_told_too():
+    evaluator, model = evaluator_of(FIXED, shop_rows(4, len(FIXED)), model_name="--base_model run")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(3e38)
+    with pytest.raises(InputError, match="^--base_model run: its weights are finite but overflow in float32, "):
+        evaluator.recommend(model)
+
+
+def test_more_beams_than_sids_find_each_sid_once_with_and_without_the_constraint():
+    sids = [("<a_0>",), ("<a_0>", "<b_0>"), ("<a_1>", "<b_1>")]
+    evaluator, model = evaluator_of(sids, shop_rows(6, 3), num_beams=1000)
+    assert np.sort(evaluator.recommend(model).sid, axis=1).tolist() == [[0, 1, 2]] * 6
+    assert [len(set(beams)) for beams in evaluator.recommend_freely(model, np.arange(6))] == [3] * 6
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -486,6 +707,33 @@ def test_a_run_leaves_metrics_predictions_a_picture_and_examples_in_words(store,
     assert "Product number" in out
 
 
+def test_an_index_with_appended_items_and_more_beams_than_tokens_is_evaluated_to_the_end(store, tmp_path, capsys, caplog):
+    """What rq.generate_indices --append leaves: 10 new items, each with one more token than an old one's SID."""
+    base = byte_bpe(TEXT, 300)
+    sids = [*FIXED, *(sid + ("<d_0>",) for sid in FIXED[5:15])]
+    add_sid_tokens(base, sorted({token for sid in sids for token in sid}))
+    model = tmp_path / "model"
+    base.save_pretrained(model)
+    small_model("qwen2", len(base), tie_word_embeddings=True).eval().save_pretrained(model)
+    (model / "prompts.json").write_text((store / "model" / "prompts.json").read_text())
+    catalogue = catalogue_of(sids)
+    (tmp_path / "X.index.json").write_text(json.dumps({item.id: item.sid for item in catalogue.items}))
+    write_rows(tmp_path / "X.test.csv", catalogue, shop_rows(30, len(sids)))
+    files = {"base_model": model, "test_file": tmp_path / "X.test.csv", "sid_index_path": tmp_path / "X.index.json"}
+    for beams in (2, 5, 1000):
+        flags = arguments_of(
+            store, **files, train_file="", item_meta_path="", num_beams=beams, output_dir=tmp_path / str(beams)
+        )
+        assert evaluate.main(flags) == 0, caplog.text
+        metrics = json.loads((tmp_path / str(beams) / "metrics.json").read_text())
+        shares = [metrics["levels"][f"level{level}@1"] for level in (1, 2, 3, 4)]
+        assert shares == sorted(shares, reverse=True)
+    assert metrics["sid"]["hr@50"] == 1, "1000 beams hold all 30 SIDs"
+    recommend = arguments_of(store, **files, train_file="", item_meta_path="", recommend="110 | 125", num_beams=5)
+    assert evaluate.main(recommend) == 0
+    assert capsys.readouterr().out.count(", p ") == 5
+
+
 def test_the_prompt_is_the_one_in_the_checkpoint(store, tmp_path):
     other = tmp_path / "model"
     other.mkdir()
@@ -536,6 +784,22 @@ def test_what_a_user_can_mend_ends_in_one_line(store, caplog, case):
     assert error.startswith("evaluate.py: ")
     assert message in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("flags", [{}, {"recommend": "103"}], ids=["all rows", "recommend"])
+def test_a_model_that_is_not_finite_is_told_in_one_line(store, tmp_path, caplog, flags):
+    model = AutoModelForCausalLM.from_pretrained(store / "model")
+    with torch.no_grad():
+        model.model.norm.weight[:3] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(store / "model").save_pretrained(tmp_path / "model")
+    assert evaluate.main(arguments_of(store, base_model=tmp_path / "model", **flags)) == 2
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    expected = (
+        f"evaluate.py: --base_model {tmp_path / 'model'}: model.norm.weight holds 3 values that are NaN or infinite, so"
+    )
+    assert error.startswith(expected)
+    assert not (tmp_path / "model" / "evaluation").exists()
 
 
 def test_an_index_whose_tokens_the_model_lacks_is_refused(store, caplog):

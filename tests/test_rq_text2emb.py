@@ -169,3 +169,30 @@ def test_two_processes_write_the_rows_one_would(item_file, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "F.npy"), alone, atol=1e-6)
     assert sorted(path.name for path in tmp_path.glob("*.npy*")) == ["E.npy", "F.npy"]
     assert result.stdout.count("last pooling") == 1
+
+
+def test_the_record_of_a_model_has_its_pooling_length_and_weights(item_file, tmp_path):
+    folder = encoder_folder(tmp_path, causal=True)
+    records = []
+    for name, extra in (("E", ()), ("F", ("--pooling", "mean")), ("G", ("--max_len", 2))):
+        embed(item_file, tmp_path / f"{name}.npy", "--encoder", folder, *extra)
+        records.append(json.loads((tmp_path / f"{name}.encoder.json").read_text())["origin"])
+    assert [(record["encoder"], record["pooling"], record["max_len"]) for record in records] == [
+        ("causal", "last", 32),
+        ("causal", "mean", 32),
+        ("causal", "last", 2),
+    ]
+    assert len({record["encoder_sha256"] for record in records}) == 1
+    other = encoder_folder(tmp_path, causal=False)
+    embed(item_file, tmp_path / "H.npy", "--encoder", other)
+    record = json.loads((tmp_path / "H.encoder.json").read_text())["origin"]
+    assert record["encoder_sha256"] != records[0]["encoder_sha256"]
+
+
+def test_an_encoder_with_broken_weights_is_one_line(item_file, tmp_path):
+    folder = encoder_folder(tmp_path, causal=True)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match="--encoder .*causal: ") as stopped:
+        embed(item_file, tmp_path / "E.npy", "--encoder", folder)
+    assert "\n" not in stopped.value.code
+    assert not (tmp_path / "E.npy").exists()

@@ -1,0 +1,111 @@
+"""What rq.prepare was told, kept beside its outputs in NAME.prepare.json, so that the run with --index reads the tables
+as the run that numbered the items did.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rq.command_line import BadInput, log
+from rq.tables import FIELD_NAMES
+
+SPLITS = ("global", "leave_one_out")
+COLUMNS = tuple(f"{field}_column" for field in FIELD_NAMES)
+DEFAULTS: dict[str, object] = {
+    **dict.fromkeys(COLUMNS),
+    "dayfirst": None,
+    "k_core": 5,
+    "split": "global",
+    "max_history": 10,
+}
+# What a value that differs from the one remembered does.
+EFFECTS = {
+    **dict.fromkeys(COLUMNS, "another column is read"),
+    "dayfirst": "dates may come in another order",
+    "k_core": "other rows are kept: the CSVs have more or fewer rows",
+    "split": "rows go to other files",
+    "max_history": "histories are of another length",
+}
+OF_THE_CSVS = ("split", "max_history")  # the rest belongs to the run that numbers the items
+_GOOD: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(COLUMNS, lambda value: value is None or isinstance(value, str)),
+    "dayfirst": lambda value: value is None or isinstance(value, bool),
+    "split": lambda value: value is None or value in SPLITS,
+    "max_history": lambda value: value is None or (type(value) is int and value >= 1),
+    **dict.fromkeys(("k_core", "rows_kept"), lambda value: type(value) is int and value >= 1),
+    "interactions": lambda value: isinstance(value, str),
+}
+
+
+def settings_file(output_dir: Path, name: str) -> Path:
+    """Where the settings of NAME are kept."""
+    return output_dir / f"{name}.prepare.json"
+
+
+def read_settings(path: Path) -> dict[str, object] | None:
+    """The settings of the run before; None where it left none."""
+    if not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        wrong = next((name for name, good in _GOOD.items() if not good(kept[name])), None)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(
+            f"{path}: not settings of rq.prepare ({type(error).__name__}: {error}); "
+            "remove the file, and give the flags of the first run again"
+        ) from error
+    if wrong:
+        raise BadInput(f"{path}: {wrong} is {kept[wrong]!r}; mend it, or remove the file and give the flags again")
+    return kept
+
+
+def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, path: Path) -> None:
+    """Give each flag left out its value: the one remembered, or in a run that starts anew its default.
+
+    One line says what was taken over, and one for each flag what it does that it differs from the value remembered.
+    """
+    anew = not (flags.index or flags.append)
+    told = {name: value for name, value in (remembered or {}).items() if value is not None}
+    before = {**DEFAULTS, **told}
+    taken = []
+    for name, default in DEFAULTS.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, default if anew else before[name])
+            if not anew and before[name] != default:
+                taken.append(f"--{name} {before[name]}")
+        value = getattr(flags, name)
+        open_before = name in OF_THE_CSVS and (anew or name not in told)
+        if remembered and value != before[name] and not open_before:
+            log.warning("--%s is %s, in the run before it was %s: %s", name, value, before[name], EFFECTS[name])
+    if taken:
+        log.info("as in the run before (%s): %s", path, ", ".join(taken))
+    if remembered is None and not anew:
+        log.warning("%s is not there: flags left out have their defaults, --k_core is %s", path, flags.k_core)
+
+
+def to_keep(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> str:
+    """The content of the settings file after this run; a run with --index changes only what concerns the CSVs.
+
+    What concerns the CSVs is null until a run has made them, unless an earlier run was given another value than the default.
+    """
+    used = {name: getattr(flags, name) for name in DEFAULTS}
+    if not flags.index:
+        used |= {name: None for name in OF_THE_CSVS if used[name] == DEFAULTS[name]}
+    used |= {"interactions": flags.interactions.name, "rows_kept": rows_kept}
+    if flags.index and remembered:
+        used = {**remembered, **{name: used[name] for name in OF_THE_CSVS}}
+    return json.dumps(used, indent=1, ensure_ascii=False) + "\n"
+
+
+def tell_other_rows(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> None:
+    """One line where this run keeps other rows than the run that numbered the items."""
+    now = {"interactions": flags.interactions.name, "rows_kept": rows_kept}
+    if remembered and any(remembered[name] != value for name, value in now.items()):
+        log.warning(
+            "%s rows of %s are kept, in the run that numbered the items it was %s of %s",
+            f"{rows_kept:,}",
+            flags.interactions.name,
+            f"{remembered['rows_kept']:,}",
+            remembered["interactions"],
+        )
