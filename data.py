@@ -131,6 +131,9 @@ def read_index(path: Path) -> dict[str, tuple[str, ...]]:
     return {item: tuple(tokens) for item, tokens in index.items()}
 
 
+TITLE_TYPES = (str, int, float, type(None))
+
+
 def read_titles(path: Path) -> dict[str, str]:
     """Item id -> title on one line, from an item file {"0": {"title": ..., "description": ...}}.
 
@@ -148,9 +151,6 @@ def read_titles(path: Path) -> dict[str, str]:
     if not any("title" in fields for fields in items.values()):
         raise InputError(f"{path}: no item has a title; expected {expected}")
     return {item: title_text(fields.get("title")) for item, fields in items.items()}
-
-
-TITLE_TYPES = (str, int, float, type(None))
 
 
 def title_text(value: str | float | None) -> str:
@@ -445,8 +445,8 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
         try:
             place = ids.find(item_id)
         except ValueError as error:
-            cells = f"history {fields['history_item_id'][:60]!r}, item {fields['item_id'][:60]!r}"
-            raise InputError(f"{where}: {error} ({cells})") from None
+            given = f"history {fields['history_item_id'][:60]!r}, item {fields['item_id'][:60]!r}"
+            raise InputError(f"{where}: {error} ({given})") from None
         places.append(place)
         if place is None:
             continue
