@@ -25,9 +25,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from checkpoint import PROMPTS_FILE, Wording, check_base_model, load_model, load_tokenizer, read_wording
+from checkpoint import (
+    PROMPTS_FILE,
+    Wording,
+    beams_beyond,
+    check_base_model,
+    fit_cutoff,
+    load_model,
+    load_tokenizer,
+    model_positions,
+    read_wording,
+)
 from data import (
     DEFAULT_TASKS,
+    MAX_LEFT_OUT,
     TASKS,
     Catalogue,
     Encoder,
@@ -313,6 +324,7 @@ def evaluate(
     task: str = "",
     category: str = "",
     cutoff_len: int = 512,
+    max_left_out: float = MAX_LEFT_OUT,
     trust_remote_code: bool = False,
 ) -> None:
     """Measure how well a checkpoint recommends, or ask it for recommendations.
@@ -333,6 +345,7 @@ def evaluate(
         task: sid_sid (history as SIDs) or title_sid (as titles); default: the first that the model was trained on
         category: words for the prompts of a checkpoint that has no prompts.json
         cutoff_len: tokens of the longest example, as in training; longer ones lose their oldest items
+        max_left_out: share of a file's rows that may be left out before the evaluation stops; 1 allows any share
         trust_remote_code: run code that comes with the model
     """
     flags = check_flags(locals())
@@ -343,8 +356,10 @@ def evaluate(
         history = tuple(find_in_catalogue(text, catalogue) for text in split_history(flags.recommend, catalogue))
         rows = [Row("", history, history[-1])]
     else:
-        rows = sampled(list(read_rows(Path(flags.test_file), catalogue)), flags.sample, flags.seed)
-    train = list(read_rows(Path(flags.train_file), catalogue)) if flags.train_file else []
+        rows = sampled(rows_of(flags.test_file, catalogue, flags), flags.sample, flags.seed)
+    train = rows_of(flags.train_file, catalogue, flags) if flags.train_file else []
+    positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
+    flags.cutoff_len = fit_cutoff(flags.cutoff_len, positions and positions - beams_beyond(catalogue))
 
     import torch
     import transformers
@@ -390,6 +405,10 @@ def evaluate(
         torch.distributed.destroy_process_group()
 
 
+def rows_of(path: str, catalogue: Catalogue, flags: types.SimpleNamespace) -> list[Row]:
+    return list(read_rows(Path(path), catalogue, max_left_out=flags.max_left_out))
+
+
 def tell(text: str) -> None:
     """The answer a user asked for goes to standard output; the log goes to standard error."""
     sys.stdout.write(text + "\n")
@@ -431,6 +450,8 @@ def check_flags(values: dict[str, Any]) -> types.SimpleNamespace:
     for name, least in {"num_beams": 1, "batch_size": 1, "examples": 0, "seed": 0, "cutoff_len": 2}.items():
         if getattr(flags, name) < least:
             raise InputError(f"--{name} {getattr(flags, name)} must be at least {least}")
+    if not 0 <= flags.max_left_out <= 1:
+        raise InputError(f"--max_left_out {flags.max_left_out:g} must be a share of the rows, from 0 to 1")
     if flags.sample == 0 or flags.sample < -1:
         raise InputError(f"--sample {flags.sample} must be positive, or -1 for no limit")
     if flags.task and flags.task not in RECOMMENDING_TASKS:
