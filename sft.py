@@ -6,57 +6,38 @@ flags -> index -> SID tokens -> tokenizer and model -> (frozen) -> tokenized dat
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
-import os
-import shutil
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import PROMPTS_FILE, beams_beyond, fit_cutoff, load_model, load_tokenizer, model_positions
-from data import (
-    DEFAULT_TASKS,
-    MAX_LEFT_OUT,
-    TASK_GROUPS,
-    TASKS,
-    Catalogue,
-    InputError,
-    Source,
-    build_dataset,
-    category_name,
-    error_text,
-    read_catalogue,
-    read_index,
-    read_prompts,
-    read_rows,
-)
-from evaluate import RECOMMENDING_TASKS, Evaluator, sampled
-from flags import rank, run, suggestion, typed_flags, world_size
-from run_report import REPORT_FILE, model_card, write_run_report
+from data import build_dataset
+from sid_sft.catalogue import Catalogue, read_catalogue, read_index
+from sid_sft.checkpoint import beams_beyond, fit_cutoff, load_model, load_tokenizer, model_positions, save_final
+from sid_sft.command_line import rank, run, typed_flags
+from sid_sft.dataset_cache import Source
+from sid_sft.files import InputError
+from sid_sft.interactions import MAX_LEFT_OUT, read_rows
+from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
+from sid_sft.run_report import REPORT_FILE, model_card, write_run_report
+from sid_sft.settings import check_distribution, check_paths, check_ranges, check_tasks, set_intervals
+from sid_sft.tasks import DEFAULT_TASKS, TASKS, read_prompts
+from sid_sft.training_arguments import compute_dtype, early_stopping, resume_point, training_arguments
+from sid_sft.vocabulary import add_sid_tokens, assert_sids_round_trip, grow_embeddings, init_rows, vocabulary_size
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from sid_rows import SidRows
+    from sid_sft.sid_rows import SidRows
 
 logger = logging.getLogger("sft")
 
-FULL_LEARNING_RATE = 3e-4
 FREEZE_STEP = 0.1  # freeze mode's default learning rate, as a share of the embedding's spread: rows alone bear, and need,
 # larger steps than a whole model, and an AdamW step moves each number by about the learning rate
 EVAL_BEAMS = 20  # of the recommendations measured during training: HR@10 with twice as many beams
-STEPS_SHARE = 0.05  # of a run, between two evaluations and checkpoints: twenty of them
-BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
-
-
-# ---------------------------------------------------------------------------------------------- the vocabulary
 
 
 class TokenExtender:
@@ -75,109 +56,9 @@ class TokenExtender:
         return sorted({token for sid in self.indices.values() for token in sid})
 
 
-def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
-    """Adds the tokens that the tokenizer lacks, as ordinary tokens that nothing normalizes; returns the ids it assigned.
-
-    Every token is one id afterwards: InputError otherwise, or where a SID token is a piece of text to the tokenizer or
-    has a role (it ends texts, pads, ...). Special tokens without a role are somebody's earlier SID tokens.
-    """
-    from tokenizers import AddedToken
-
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    roles = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
-    for token in tokens:
-        if token in vocabulary and (token not in added or token in roles):
-            raise InputError(f"SID token {token!r} already means something else to the tokenizer; rename it in the index")
-    new = [token for token in tokens if token not in vocabulary]
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
-    for token in tokens:
-        if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
-            raise InputError(f"SID token {token!r} is not one id after it was added; rename it in the index")
-    tell_inherited(tokenizer, [token for token in tokens if token in added])
-    return tokenizer.convert_tokens_to_ids(new)
-
-
-def tell_inherited(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
-    """Tells what is unusual about SID tokens that came with the base model: they stay as they are."""
-    settings = tokenizer.added_tokens_decoder
-    kinds = [
-        (token, settings[number]) for token, number in zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True)
-    ]
-    if special := [token for token, kind in kinds if kind.special]:
-        logger.info(
-            f"{len(special)} SID tokens are special tokens of the base model, like {special[0]}, and train as they are; "
-            "who decodes must keep special tokens"
-        )
-    if stripping := [token for token, kind in kinds if kind.lstrip or kind.rstrip]:
-        logger.info(
-            f"{len(stripping)} SID tokens of the base model, like {stripping[0]}, take the white space beside them (lstrip "
-            "or rstrip in its tokenizer.json): the model does not see the line ends there"
-        )
-
-
-def assert_sids_round_trip(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> None:
-    """Every item's SID as text is exactly its tokens to the tokenizer, alone and behind a line of text."""
-    sids = sorted({item.sid for item in catalogue.items})
-    for lead in ("", "x\n"):
-        encoded = tokenizer([lead + "".join(sid) for sid in sids], add_special_tokens=False)["input_ids"]
-        for sid, ids in zip(sids, encoded, strict=True):
-            if tuple(tokenizer.convert_ids_to_tokens(ids[-len(sid) :])) != sid or (not lead and len(ids) != len(sid)):
-                raise InputError(f"SID {''.join(sid)!r} does not survive the tokenizer; rename its tokens in the index")
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many rows the ids of a tokenizer need; more than it has tokens where its ids have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
-    """Gives the model a row for each token. Never shrinks: many models have more rows than their tokenizer has tokens.
-
-    InputError where a further matrix grows with the vocabulary, of whose rows freeze mode would know nothing.
-    """
-    from sid_rows import tables_of
-
-    before = {name: len(weight) for name, weight in model.named_parameters() if weight.dim()}
-    rows = [len(weight) for weight in tables_of(model).values()]
-    if vocab_size <= min(rows):
-        return
-    try:
-        model.resize_token_embeddings(max(vocab_size, *rows), mean_resizing=False)
-    except Exception as error:  # other people's code
-        raise InputError(f"--base_model: {type(model).__name__} takes no new tokens ({error_text(error)[:100]})") from error
-    known = {id(weight) for weight in tables_of(model).values()}
-    for name, weight in model.named_parameters():
-        if id(weight) not in known and weight.dim() == 2 and len(weight) > before[name]:
-            raise InputError(f"--base_model: {type(model).__name__} has a further matrix with a row per token ({name})")
-
-
-def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> None:
-    """Gives the rows of newly assigned ids values like the first `known` rows': their mean, plus noise of their spread.
-
-    Each row is drawn for its own id, so it does not depend on which others are new.
-    """
-    import torch
-
-    from sid_rows import tables_of
-
-    known = min(known, min(ids, default=known))
-    with torch.no_grad():
-        for number, weight in enumerate(tables_of(model).values()):
-            old = weight[:known].float()
-            mean, spread = old.mean(0).cpu(), old.std(0).cpu()
-            for token_id in ids:
-                noise = torch.randn(
-                    len(mean), generator=torch.Generator().manual_seed((seed << 34) + (token_id << 1) + number)
-                )
-                weight[token_id] = (mean + spread * noise).to(weight)
-
-
-# ---------------------------------------------------------------------------------------------- freezing
-
-
 def freeze_llm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> SidRows:
     """Freezes the model but for the rows of the SID tokens, and logs what trains."""
-    from sid_rows import SidRows
+    from sid_sft.sid_rows import SidRows
 
     if not tokens:
         raise InputError("--freeze_LLM True, but the index has no SID token: nothing would train; check --sid_index_path")
@@ -220,53 +101,6 @@ def turn_dropout_off(model: PreTrainedModel) -> int:
         elif isinstance(value := getattr(module, "attention_dropout", 0.0), float) and value > 0:
             module.attention_dropout, count = 0.0, count + 1
     return count
-
-
-def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Turns a base model and its tokenizer, in place, into those of a freeze run, from its sid_rows.safetensors.
-
-    InputError when the rows were trained on another base model, or when the tokenizer gives the tokens other ids.
-    """
-    import torch
-
-    from sid_rows import base_hash, read_rows_file, tables_of
-
-    saved = read_rows_file(Path(path))
-    if (found := base_hash(model, int(saved.ids[0]))) != saved.base_hash:
-        raise InputError(f"{path}: was trained on another base model (hash {saved.base_hash}, this one's is {found})")
-    add_sid_tokens(tokenizer, saved.tokens)
-    if tokenizer.convert_tokens_to_ids(saved.tokens) != saved.ids.tolist():
-        raise InputError(f"{path}: the tokenizer gives the SID tokens other ids; use the tokenizer of the base model")
-    grow_embeddings(model, vocabulary_size(tokenizer))
-    with torch.no_grad():
-        for name, weight in tables_of(model).items():
-            weight[saved.ids] = saved.rows[name].to(weight)
-
-
-# ---------------------------------------------------------------------------------------------- loading and saving
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder under a temporary name to write into, which takes the old one's place when all went well.
-
-    The old one is renamed first and deleted last, so one of the two is there whenever the process is killed.
-    """
-    scratch, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------------------------- the program
 
 
 def train(
@@ -375,8 +209,8 @@ def train(
     import torch
     import transformers
 
-    from sid_rows import base_hash
-    from trainer import SidTrainer
+    from sid_sft.sid_rows import base_hash
+    from sid_sft.trainer import SidTrainer
 
     quiet_other_ranks()
     transformers.set_seed(flags.seed)
@@ -528,165 +362,6 @@ def recommendation_evaluator(
     )
 
 
-def compute_dtype(flags: types.SimpleNamespace, base_dtype: torch.dtype) -> torch.dtype:
-    """bfloat16 for a frozen model where bf16 is on; otherwise float32 (a model that trains whole keeps float32 weights)."""
-    import torch
-
-    if base_dtype == torch.float64:
-        return base_dtype
-    return torch.bfloat16 if flags.freeze_LLM and use_bf16(flags) else torch.float32
-
-
-def use_bf16(flags: types.SimpleNamespace) -> bool:
-    import torch
-
-    return flags.bf16 if flags.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-def training_arguments(flags: types.SimpleNamespace) -> TrainingArguments:
-    """The flags as HF TrainingArguments. One batch of the Trainer is one optimizer step: the trainer cuts it itself."""
-    import torch
-    from transformers import TrainingArguments
-
-    if flags.wandb_project:
-        os.environ["WANDB_PROJECT"] = flags.wandb_project
-    evaluate = bool(flags.eval_file)
-    interval = {"eval_steps": whole(flags.eval_steps), "save_steps": whole(flags.save_steps)}
-    try:
-        return TrainingArguments(
-            output_dir=flags.output_dir,
-            num_train_epochs=flags.num_epochs,
-            max_steps=flags.max_steps,
-            per_device_train_batch_size=flags.batch_size // world_size(),
-            learning_rate=flags.learning_rate or FULL_LEARNING_RATE,
-            weight_decay=flags.weight_decay,
-            lr_scheduler_type=flags.lr_scheduler_type,
-            warmup_steps=flags.warmup_steps,
-            seed=flags.seed,
-            bf16=use_bf16(flags) and not flags.freeze_LLM,
-            use_cpu=not torch.accelerator.is_available(),
-            logging_steps=flags.logging_steps,
-            logging_nan_inf_filter=False,
-            eval_strategy="steps" if evaluate else "no",
-            save_strategy="steps",
-            **interval,
-            save_total_limit=2,
-            load_best_model_at_end=evaluate,
-            metric_for_best_model=flags.metric_for_best_model if evaluate else None,
-            greater_is_better=flags.metric_for_best_model != "eval_loss" if evaluate else None,
-            report_to="wandb" if flags.wandb_project else flags.report_to,
-            run_name=flags.wandb_run_name or None,
-            remove_unused_columns=False,
-            average_tokens_across_devices=False,
-        )
-    except (ValueError, KeyError) as error:
-        raise InputError(f"sft.py: {error_text(error)}") from None
-
-
-def whole(steps: float) -> float | int:
-    """A count of steps as an int, a share of the run as it is."""
-    return int(steps) if steps >= 1 else steps
-
-
-def early_stopping(flags: types.SimpleNamespace, eval_data: Dataset | None) -> list:
-    from transformers import EarlyStoppingCallback
-
-    wanted = eval_data is not None and flags.early_stopping_patience > 0
-    return [EarlyStoppingCallback(flags.early_stopping_patience)] if wanted else []
-
-
-def resume_point(flags: types.SimpleNamespace) -> str | bool | None:
-    if not flags.resume_from_checkpoint:
-        return None
-    if flags.resume_from_checkpoint.lower() == "true":
-        return True
-    return flags.resume_from_checkpoint
-
-
-def save_final(
-    flags: types.SimpleNamespace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: SidRows | None,
-    wording: dict[str, str],
-    base_dtype: torch.dtype,
-    card: str,
-) -> None:
-    """Writes output_dir/final_checkpoint: a plain HF folder in the base model's dtype, with the wording beside it.
-
-    Nothing unproven is left there: the base that a frozen model came from is loaded again and compared value by value, only
-    its SID rows are set, and the folder is loaded once more and compared with the trained model.
-    """
-    from sid_rows import ROWS_FILE
-
-    folder = Path(flags.output_dir) / "final_checkpoint"
-    trained = rows.masters if rows else model.parameters()
-    if not all(bool(values.isfinite().all()) for values in trained):
-        raise InputError(
-            "training ended with values that are no numbers, so no final_checkpoint was written; try a lower --learning_rate"
-        )
-    with whole_folder(folder) as scratch:
-        if rows is None:
-            final = model.to(base_dtype)
-        else:
-            final, digest = base_with_rows(flags, model, tokenizer, rows)
-            rows.save(scratch / ROWS_FILE, digest)
-        final.config.pad_token_id = tokenizer.pad_token_id
-        final.save_pretrained(scratch)
-        del final
-        tokenizer.save_pretrained(scratch)
-        content = {"category": category_name(flags.category), "tasks": flags.tasks.split(","), "prompts": wording}
-        (scratch / PROMPTS_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False))
-        (scratch / "README.md").write_text(card, encoding="utf-8")
-        check_saved(scratch, model, rows, trust_remote_code=flags.trust_remote_code)
-    logger.info(f"Saved the model and tokenizer to {folder}")
-
-
-def base_with_rows(
-    flags: types.SimpleNamespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: SidRows
-) -> tuple[PreTrainedModel, str]:
-    """The base model, loaded again, with the trained SID rows, and its hash before; proves that no frozen value moved."""
-    from sid_rows import base_hash, differing_values, tables_of
-
-    base = load_model(flags.base_model, from_scratch=False, trust_remote_code=flags.trust_remote_code)
-    changed = sum(differing_values(model, base, rows.ids).values())
-    logger.info(f"frozen values changed: {changed}")
-    if changed:
-        raise InputError(f"{changed} frozen values changed in training; no final_checkpoint was written")
-    digest = base_hash(base, int(rows.ids[0]))
-    sizes = {name: len(weight) for name, weight in tables_of(base).items()}
-    grow_embeddings(base, vocabulary_size(tokenizer))
-    trained, tables = tables_of(model), tables_of(base)
-    for name, size in sizes.items():
-        tables[name].data[size:] = trained[name].data[size:].to(tables[name])
-    for name, _, master in rows.tables:
-        tables[name].data[rows.ids.cpu()] = master.data.to(tables[name])
-    return base, digest
-
-
-def check_saved(folder: Path, model: PreTrainedModel, rows: SidRows | None, *, trust_remote_code: bool) -> None:
-    """InputError unless a saved folder, loaded again, holds the trained model's values, and the SID rows' masters."""
-    import torch
-
-    from sid_rows import differing_values, tables_of
-
-    saved = load_model(str(folder), trust_remote_code=trust_remote_code)
-    found = differing_values(model, saved, rows.ids if rows else None)
-    for name, _, master in rows.tables if rows else ():
-        weight = tables_of(saved)[name].detach()
-        if not torch.equal(weight[rows.ids.cpu()], master.detach().to(weight)):
-            found[name] = len(rows.ids)
-    if found:
-        name, count = next(iter(found.items()))
-        raise InputError(
-            f"the saved model is not the trained one ({count:,} values of {name} differ after loading), so no "
-            f"final_checkpoint was written; transformers does not save {type(model).__name__} whole"
-        )
-
-
-# ---------------------------------------------------------------------------------------------- flags
-
-
 def check_flags(values: dict[str, Any]) -> types.SimpleNamespace:
     """The flags with the types of train()'s signature, checked one by one and against each other, before anything loads."""
     flags = typed_flags(train, values)
@@ -697,134 +372,6 @@ def check_flags(values: dict[str, Any]) -> types.SimpleNamespace:
     check_paths(flags)
     check_distribution(flags)
     return flags
-
-
-def set_intervals(flags: types.SimpleNamespace) -> None:
-    """Evaluating and saving go together: where one of the two is named, the other follows it (if there is evaluation)."""
-    named = [steps for steps in (flags.eval_steps, flags.save_steps) if steps is not None and flags.eval_file]
-    for name in ("eval_steps", "save_steps"):
-        if getattr(flags, name) is None:
-            setattr(flags, name, named[0] if named else STEPS_SHARE)
-
-
-def check_ranges(flags: types.SimpleNamespace) -> None:
-    limits = {
-        "num_epochs": 0,
-        "batch_size": 1,
-        "micro_batch_size": 1,
-        "cutoff_len": 2,
-        "learning_rate": 0,
-        "weight_decay": 0,
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "eval_steps": 0,
-        "save_steps": 0,
-        "early_stopping_patience": 0,
-        "eval_recommendation": 0,
-        "seed": 0,
-        "prefix_cache_gb": 0,
-        "num_proc": 1,
-        "max_left_out": 0,
-    }
-    above = ("num_epochs", "learning_rate", "eval_steps", "save_steps")
-    for name, least in limits.items():
-        value = getattr(flags, name)
-        if value is not None and (value < least or (name in above and value == least)):
-            raise InputError(f"sft.py: --{name} {value:g} must be {'above' if name in above else 'at least'} {least}")
-    for name in ("sample", "eval_sample", "max_steps"):
-        value = getattr(flags, name)
-        if value == 0 or value < -1:
-            raise InputError(f"sft.py: --{name} {value} must be positive, or -1 for no limit")
-    if flags.max_left_out > 1:
-        raise InputError(f"sft.py: --max_left_out {flags.max_left_out:g} must be a share of the rows, from 0 to 1")
-    for name in ("eval_steps", "save_steps"):
-        value = getattr(flags, name)
-        if value > 1 and value != int(value):
-            raise InputError(f"sft.py: --{name} {value:g} must be a whole number of steps, or a share of the run below 1")
-    ratio, both_shares_or_none = flags.save_steps / flags.eval_steps, (flags.save_steps < 1) == (flags.eval_steps < 1)
-    if flags.eval_file and not (both_shares_or_none and math.isclose(ratio, max(1, round(ratio)))):
-        raise InputError(
-            f"sft.py: --save_steps {flags.save_steps:g} is no multiple of --eval_steps {flags.eval_steps:g}; "
-            "the best checkpoint must have been both evaluated and saved; leave one of the two out and it follows the other"
-        )
-    if flags.batch_size % (flags.micro_batch_size * world_size()):
-        raise InputError(
-            f"sft.py: --batch_size {flags.batch_size} is no multiple of micro_batch_size x processes = "
-            f"{flags.micro_batch_size} x {world_size()}"
-        )
-
-
-def check_tasks(flags: types.SimpleNamespace) -> None:
-    groups = flags.tasks.split(",")
-    if flags.eval_recommendation and not flags.eval_file:
-        raise InputError("sft.py: --eval_recommendation needs --eval_file")
-    if flags.eval_recommendation and not set(groups) & set(RECOMMENDING_TASKS):
-        raise InputError(f"sft.py: --eval_recommendation needs one of {', '.join(RECOMMENDING_TASKS)} in --tasks")
-    if flags.metric_for_best_model not in BEST_METRICS:
-        raise InputError(
-            f"sft.py: --metric_for_best_model {flags.metric_for_best_model!r}; expected one of {', '.join(BEST_METRICS)}"
-        )
-    if flags.metric_for_best_model != "eval_loss" and not flags.eval_recommendation:
-        raise InputError(
-            f"sft.py: --metric_for_best_model {flags.metric_for_best_model} is measured with --eval_recommendation only"
-        )
-    for group in groups:
-        if group not in TASK_GROUPS:
-            raise InputError(
-                f"sft.py: --tasks has {group!r}{suggestion(group, TASK_GROUPS)}; the tasks are {', '.join(TASK_GROUPS)}"
-            )
-    if len(set(groups)) < len(groups):
-        raise InputError(f"sft.py: --tasks {flags.tasks} names a task twice")
-    needed = {"interactions": "train_file", "preferences": "preference_file"}
-    for task in TASKS.values():
-        if task.group not in groups:
-            continue
-        if task.rows in needed and not getattr(flags, needed[task.rows]):
-            raise InputError(f"sft.py: --{needed[task.rows]} is missing; the task {task.group} needs it")
-        if "title" in (task.shows, task.answers) and not flags.item_meta_path:
-            raise InputError(
-                f"sft.py: --item_meta_path is missing; the task {task.group} needs titles (or leave it out of --tasks)"
-            )
-
-
-def check_paths(flags: types.SimpleNamespace) -> None:
-    for name in ("base_model", "sid_index_path", "output_dir"):
-        if not getattr(flags, name):
-            raise InputError(f"sft.py: --{name} is missing")
-    for name in ("train_file", "eval_file", "sid_index_path", "item_meta_path", "preference_file", "prompts"):
-        path = getattr(flags, name)
-        if path and not Path(path).is_file():
-            raise InputError(f"sft.py: --{name} {path}: there is no such file")
-    base = Path(flags.base_model)
-    if base.is_dir() and not (base / "config.json").is_file():
-        raise InputError(f"sft.py: --base_model {base}: the folder has no config.json; expected a saved HF model")
-    if not base.exists() and (flags.base_model.startswith((".", "/", "~")) or flags.base_model.count("/") > 1):
-        raise InputError(f"sft.py: --base_model {base}: there is no such folder")
-    if flags.prefix_cache_in not in ("device", "host") and not Path(flags.prefix_cache_in).is_dir():
-        raise InputError(
-            f"sft.py: --prefix_cache_in {flags.prefix_cache_in}: is neither device nor host, and there is no such folder"
-        )
-    if Path(flags.output_dir).is_file():
-        raise InputError(f"sft.py: --output_dir {flags.output_dir}: is a file")
-    resume = flags.resume_from_checkpoint
-    if resume.lower() == "true" and not any(Path(flags.output_dir).glob("checkpoint-*")):
-        raise InputError(f"sft.py: --resume_from_checkpoint True, but {flags.output_dir} has no checkpoint")
-    if resume and resume.lower() != "true" and not (Path(resume) / "trainer_state.json").is_file():
-        raise InputError(
-            f"sft.py: --resume_from_checkpoint {resume}: is no checkpoint folder (it has no trainer_state.json)"
-        )
-
-
-def check_distribution(flags: types.SimpleNamespace) -> None:
-    """Refuses what would silently train the wrong thing."""
-    if flags.train_from_scratch and flags.freeze_LLM:
-        raise InputError("sft.py: --train_from_scratch with --freeze_LLM would freeze random weights; choose one")
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            why = (
-                "never calls the gradient hook that keeps the other rows frozen" if flags.freeze_LLM else "is not supported"
-            )
-            raise InputError(f"sft.py: {name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration")
 
 
 def quiet_other_ranks() -> None:

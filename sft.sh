@@ -35,7 +35,7 @@ knob() { given "$1" "${@:3}" || add "$1" "$2"; }
 CATEGORY=${CATEGORY:-}
 if [ -z "$CATEGORY" ] && [ -z "${TRAIN_FILE:-}" ] && ! given train_file "$@" && ! given help "$@" && ! given category "$@"; then
   DEMO=1 DEMO_DIR=${DEMO_DIR:-output/demo/data}
-  "$PYTHON" demo.py "$DEMO_DIR"
+  "$PYTHON" -m sid_sft.demo "$DEMO_DIR"
   BASE_MODEL=${BASE_MODEL:-$DEMO_DIR/base}
   TRAIN_FILE=$DEMO_DIR/shop.train.csv EVAL_FILE=$DEMO_DIR/shop.valid.csv
   SID_INDEX_PATH=$DEMO_DIR/shop.index.json ITEM_META_PATH=$DEMO_DIR/shop.item.json

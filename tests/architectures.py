@@ -27,11 +27,13 @@ from transformers import PreTrainedModel
 from transformers import logging as transformers_logging
 
 import sft
-from architecture import own_logits
-from choose_forward import Forward, choose_forward
-from data import TASKS, InputError
-from plain_forward import Examples
-from sid_rows import SidRows
+from sid_sft.checkpoint import check_saved
+from sid_sft.files import InputError
+from sid_sft.forward.architecture import own_logits
+from sid_sft.forward.choose import Forward, choose_forward
+from sid_sft.forward.examples import Examples
+from sid_sft.sid_rows import SidRows
+from sid_sft.tasks import TASKS
 
 TOKENS, SIDS = 80, 18  # words of the base, SID tokens: three levels of six
 WAYS = {"FrozenPrefix": "frozen prefix", "PlainForward": "plain", "OwnForward": "own forward"}
@@ -155,7 +157,7 @@ def examine(kind: str, examples: Examples, notes: list[str]) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder)
-            sft.check_saved(Path(folder), model, None, trust_remote_code=False)
+            check_saved(Path(folder), model, None, trust_remote_code=False)
             saved = "yes"
         except InputError as error:
             saved = str(error)[:80]

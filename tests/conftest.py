@@ -23,8 +23,9 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import data
-import demo
 import sft
+from sid_sft import demo
+from sid_sft.tasks import DEFAULT_TASKS, PROMPTS
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -96,7 +97,7 @@ def sid_tokens(shop) -> list[str]:
 def base(tmp_path_factory) -> Path:
     """A small base model and tokenizer on disk, in float32, with 20 more rows than tokens."""
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = byte_bpe([*demo.pretraining_texts(1), *data.PROMPTS.values()])
+    tokenizer = byte_bpe([*demo.pretraining_texts(1), *PROMPTS.values()])
     model = small_model("qwen2", len(tokenizer) + 20, tie_word_embeddings=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -116,7 +117,7 @@ def dataset(shop, catalogue, tokenizer, tmp_path_factory):
     """40 examples of each of the five tasks."""
     return data.build_dataset(
         data.Source(shop / "shop.train.csv"),
-        list(data.DEFAULT_TASKS),
+        list(DEFAULT_TASKS),
         catalogue=catalogue,
         prompts=data.read_prompts(None, "kitchen"),
         tokenizer=tokenizer,

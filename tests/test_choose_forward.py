@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import sft
-from choose_forward import attempt, choose_forward, disagreement, make_trial
-from data import InputError
-from frozen_prefix import FrozenPrefix
-from plain_forward import OwnForward, PlainForward
-from sid_rows import SidRowAdamW, SidRows, tables_of
+from sid_sft.checkpoint import check_saved
+from sid_sft.files import InputError
+from sid_sft.forward.architecture import tables_of
+from sid_sft.forward.choose import attempt, choose_forward, disagreement, make_trial
+from sid_sft.forward.frozen_prefix import FrozenPrefix
+from sid_sft.forward.plain import OwnForward, PlainForward
+from sid_sft.sid_rows import SidRowAdamW, SidRows
 
 WAYS = {  # family -> way in freeze mode, way in full mode
     "qwen3": ("frozen prefix", "plain"),
@@ -216,20 +218,20 @@ def test_a_tied_head_needs_no_weights_of_its_own(tmp_path):
 def test_a_saved_folder_that_is_not_the_trained_model_is_seen(tie, tmp_path):
     saved_model(tmp_path, tie_word_embeddings=tie)
     model = sft.load_model(str(tmp_path), trust_remote_code=False)
-    sft.check_saved(tmp_path, model, None, trust_remote_code=False)
+    check_saved(tmp_path, model, None, trust_remote_code=False)
     rows = SidRows(model, [97, 98, 99], ["<a_0>", "<a_1>", "<b_0>"])
-    sft.check_saved(tmp_path, model, rows, trust_remote_code=False)
+    check_saved(tmp_path, model, rows, trust_remote_code=False)
     with torch.no_grad():
         rows.masters[-1][1, 2] += 1
     rows.write()
     with pytest.raises(InputError, match="the saved model is not the trained one"):
-        sft.check_saved(tmp_path, model, rows, trust_remote_code=False)
+        check_saved(tmp_path, model, rows, trust_remote_code=False)
     with torch.no_grad():
         rows.masters[-1][1, 2] -= 1
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     rows.write()
     with pytest.raises(InputError, match=r"1 values of model.layers.0.mlp.up_proj.weight differ"):
-        sft.check_saved(tmp_path, model, rows, trust_remote_code=False)
+        check_saved(tmp_path, model, rows, trust_remote_code=False)
 
 
 # ---------------------------------------------------------------------------------------------- the command line

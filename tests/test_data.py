@@ -14,22 +14,14 @@ import pytest
 import toy
 
 import data
-from data import (
-    PROMPTS,
-    TASK_GROUPS,
-    TASKS,
-    Encoder,
-    InputError,
-    Row,
-    Source,
-    build_dataset,
-    read_catalogue,
-    read_list,
-    read_preferences,
-    read_prompts,
-    read_rows,
-    render,
-)
+from data import build_dataset
+from sid_sft.catalogue import read_catalogue
+from sid_sft.cells import LIST_COLUMNS, read_list
+from sid_sft.dataset_cache import Source, processes
+from sid_sft.encoding import LINE_PATTERNS, Encoder
+from sid_sft.files import InputError
+from sid_sft.interactions import Row, read_preferences, read_rows
+from sid_sft.tasks import PROMPTS, TASK_GROUPS, TASKS, read_prompts, render
 
 AMAZON = Path(__file__).parents[2] / "shared/data/amazon/Industrial_and_Scientific"
 PREFERENCE = "wants sturdy things"
@@ -190,7 +182,7 @@ def test_titles_are_encoded_whole_where_chance_decides(folder):
 def test_the_tokenizer_of_qwen2_has_a_known_pattern():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    assert PRETOKENIZE_REGEX in data.LINE_PATTERNS
+    assert PRETOKENIZE_REGEX in LINE_PATTERNS
 
 
 def test_a_pattern_that_joins_lines_would_give_other_ids_line_by_line(folder):
@@ -350,7 +342,7 @@ def test_the_cutoff_drops_whole_oldest_items_and_keeps_template_and_answer(folde
     whole = build(folder, [task], tokenizer)
     longest = max(whole["length"])
     caplog.clear()
-    with caplog.at_level(logging.INFO, "sft.data"):
+    with caplog.at_level(logging.INFO, "sft"):
         cut = build(folder, [task], tokenizer, cutoff_len=longest - 1)
     assert len(cut) == len(whole) == 5
     catalogue, prompts = catalogue_of(folder), read_prompts(None, "Toys")
@@ -384,7 +376,7 @@ def test_a_very_long_history_is_cut_to_the_longest_that_fits(folder, task):
 def test_an_example_over_the_cutoff_with_its_newest_item_alone_is_left_out_and_counted(folder, caplog):
     whole = build(folder, ["sid_sid"])
     newest = min(whole["length"])  # bob's and cleo's one-item histories
-    with caplog.at_level(logging.INFO, "sft.data"):
+    with caplog.at_level(logging.INFO, "sft"):
         left = build(folder, ["sid_sid"], cutoff_len=newest, max_left_out=1)
     assert 0 < len(left) < 5
     assert f"sid_sid: {5 - len(left)} of 5 rows left out" in caplog.text
@@ -416,7 +408,7 @@ def test_sampling_is_decided_by_the_seed_and_the_task_alone(folder):
 def test_collisions_twins_untitled_and_unindexed_items_are_counted_once(tmp_path, caplog):
     index = toy.write_index(tmp_path, {**toy.SIDS, "5": toy.SIDS["0"], "6": ["<a_3>"]})
     items = toy.write_items(tmp_path, {**toy.TITLES, "5": "Gloves", "6": " \n ", "77": "Unindexed"})
-    with caplog.at_level(logging.INFO, "sft.data"):
+    with caplog.at_level(logging.INFO, "sft"):
         read_catalogue(index, items)
     assert [record.message for record in caplog.records] == [
         "Catalogue: 7 items, 6 distinct SIDs of 1 or 3 or 4 tokens",
@@ -430,7 +422,7 @@ def test_collisions_twins_untitled_and_unindexed_items_are_counted_once(tmp_path
 def test_an_item_without_a_title_is_neither_asked_for_nor_shown_by_its_title(folder, caplog):
     toy.write_items(folder, {**toy.TITLES, "1": ""})
     tokenizer = toy.byte_level()
-    with caplog.at_level(logging.INFO, "sft.data"):
+    with caplog.at_level(logging.INFO, "sft"):
         dataset = build(folder, ["item", "title_sid"], tokenizer)
     texts = [tokenizer.decode(example["input_ids"]) for example in dataset]
     assert len(texts) == 4 + 4 + 5
@@ -453,7 +445,7 @@ def test_rows_with_unknown_items_are_counted_in_every_run_and_left_out(folder, c
     told = []
     for _ in range(2):  # the second run opens what the first has built
         caplog.clear()
-        with caplog.at_level(logging.INFO, "sft.data"):
+        with caplog.at_level(logging.INFO, "sft"):
             assert len(build(folder, ["sid_sid"], max_left_out=1)) == 2
         told.append([record.message for record in caplog.records if "toy.csv" in record.message])
     assert told[0] == [
@@ -519,7 +511,7 @@ def test_a_title_that_is_only_escaped_otherwise_does_not_differ(folder, caplog, 
     for other, differs in ((cell, False), (title, False), (cell + "!", True), ("", False)):
         rows = [{**row, "item_title": other}, {**toy.csv_row("ann", "2", "1"), "history_item_title": repr([other])}]
         caplog.clear()
-        with caplog.at_level(logging.INFO, "sft.data"):
+        with caplog.at_level(logging.INFO, "sft"):
             assert len(list(read_rows(toy.write_csv(folder / "toy.csv", rows), catalogue_of(folder)))) == 2
         assert ("2 titles differ from the item file's" in caplog.text) == differs
         assert ("differ" in caplog.text) == differs
@@ -529,7 +521,7 @@ def test_a_json_list_of_titles_does_not_differ(folder, caplog):
     titles = {**toy.TITLES, "0": '\N{GRINNING FACE} 5" é 3/4', "1": "it's"}
     toy.write_items(folder, titles)
     row = {**toy.csv_row("ann", "01", "2"), "history_item_title": json.dumps([titles["0"], titles["1"]]).replace("/", r"\/")}
-    with caplog.at_level(logging.INFO, "sft.data"):
+    with caplog.at_level(logging.INFO, "sft"):
         assert len(list(read_rows(toy.write_csv(folder / "toy.csv", [row]), catalogue_of(folder)))) == 1
     assert "differ" not in caplog.text
 
@@ -568,7 +560,7 @@ def test_a_title_that_is_neither_text_nor_number_is_one_line(folder, title):
 
 def test_titles_that_hold_reserved_tokens_are_counted(folder, caplog):
     toy.write_items(folder, {**toy.TITLES, "1": "Box <a_0> of <eos>", "4": "Lamp<c_2>"})
-    with caplog.at_level(logging.INFO, "sft.data"):
+    with caplog.at_level(logging.INFO, "sft"):
         build(folder, ["item"])
     assert caplog.text.count("2 titles or preferences hold a SID or special token as text") == 1
     caplog.clear()
@@ -662,7 +654,7 @@ NO_COMMA = {
 
 
 @pytest.mark.parametrize("cell", NO_COMMA.values(), ids=list(NO_COMMA))
-@pytest.mark.parametrize("column", data.LIST_COLUMNS)
+@pytest.mark.parametrize("column", LIST_COLUMNS)
 def test_entries_without_a_comma_are_refused_with_the_cell_and_the_cure(folder, column, cell):
     path = toy.write_csv(
         folder / "toy.csv", [toy.csv_row("ann", "01", "2"), {**toy.csv_row("ann", "01", "2"), column: cell}]
@@ -712,7 +704,7 @@ def test_an_id_written_otherwise_than_in_the_index_is_read_where_one_item_can_be
     catalogue = read_catalogue(toy.write_index(folder, sids), None)
     row = toy.csv_row("ann", ["5"], "7", sids)
     rows = [{**row, "history_item_id": repr([written])}, {**toy.csv_row("bob", ["7"], "5", sids), "item_id": written}]
-    with caplog.at_level(logging.INFO, "sft.data"):
+    with caplog.at_level(logging.INFO, "sft"):
         assert list(read_rows(toy.write_csv(folder / "toy.csv", rows), catalogue)) == [
             Row("ann", (0,), 1),
             Row("bob", (1,), 0),
@@ -871,7 +863,7 @@ def test_a_preference_file_names_items_by_id_or_sid_and_is_split(folder, caplog)
     }
     unknown = {**nothing, "user_preference": "x", "context": {"history_items": ["0", "?"], "target_item": "1"}}
     toy.write_json(path, [*PREFERENCES, nothing, unknown])
-    with caplog.at_level(logging.INFO, "sft.data"):
+    with caplog.at_level(logging.INFO, "sft"):
         assert len(list(read_preferences(path, catalogue, "train", max_left_out=0.5))) == 2
     assert "2 of 4 entries left out" in caplog.text
     assert "2 of 4 rows would be left out" in one_error(read_preferences, path, catalogue, "train")
@@ -987,16 +979,16 @@ def test_whatever_decides_the_ids_makes_another_dataset(folder):
 
 def test_several_processes_write_the_examples_that_one_writes(folder, monkeypatch):
     one = build(folder, cache_dir=folder / "one")
-    monkeypatch.setattr(data, "processes", lambda rows, num_proc, whole_texts: num_proc)
+    monkeypatch.setattr("sid_sft.dataset_cache.processes", lambda rows, num_proc, whole_texts: num_proc)
     two = build(folder, cache_dir=folder / "two", num_proc=2)
     assert len(two.cache_files) == 2 * len(one.cache_files)
     assert two[:] == one[:]
 
 
 def test_processes_are_started_where_they_save_time():
-    assert data.processes(50_000, 4, whole_texts=False) is None
-    assert data.processes(50_000, 4, whole_texts=True) == data.processes(500_000, 4, whole_texts=False) == 4
-    assert data.processes(500_000, 1, whole_texts=True) is None
+    assert processes(50_000, 4, whole_texts=False) is None
+    assert processes(50_000, 4, whole_texts=True) == processes(500_000, 4, whole_texts=False) == 4
+    assert processes(500_000, 1, whole_texts=True) is None
 
 
 def test_a_build_that_fails_leaves_no_dataset(folder):

@@ -18,7 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import evaluate
-from beam_search import (
+from sid_sft.catalogue import Catalogue, Item, read_catalogue
+from sid_sft.files import InputError
+from sid_sft.interactions import CSV_COLUMNS, Row, read_rows
+from sid_sft.recommend.beam_search import (
     OwnForwardDecoder,
     SharedPromptDecoder,
     WholeSequenceDecoder,
@@ -28,19 +31,7 @@ from beam_search import (
     search,
     search_freely,
 )
-from data import (
-    CSV_COLUMNS,
-    DEFAULT_TASKS,
-    TASKS,
-    Catalogue,
-    InputError,
-    Item,
-    Row,
-    read_catalogue,
-    read_rows,
-    render,
-)
-from ranking import (
+from sid_sft.recommend.ranking import (
     KS,
     MISSED,
     baselines,
@@ -55,7 +46,8 @@ from ranking import (
     to_items,
     views,
 )
-from sft import add_sid_tokens
+from sid_sft.tasks import DEFAULT_TASKS, TASKS, render
+from sid_sft.vocabulary import add_sid_tokens
 
 AMAZON = SHARED / "data" / "amazon" / "Industrial_and_Scientific"
 TEXT = [

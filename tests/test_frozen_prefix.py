@@ -13,14 +13,18 @@ from datasets import Dataset
 
 import data
 import sft
-from architecture import why_not_exact
-from choose_forward import disagreement, make_trial
-from data import TASKS, InputError
-from frozen_prefix import FrozenHead, FrozenLogSumExp, FrozenPrefix, Store
-from plain_forward import Examples, PlainForward
-from sid_rows import SidRowAdamW, SidRows
-from token_trees import build_tree, pad
-from trainer import deal
+from sid_sft.files import InputError
+from sid_sft.forward.architecture import why_not_exact
+from sid_sft.forward.choose import disagreement, make_trial
+from sid_sft.forward.examples import Examples
+from sid_sft.forward.frozen_head import FrozenHead, FrozenLogSumExp
+from sid_sft.forward.frozen_prefix import FrozenPrefix
+from sid_sft.forward.plain import PlainForward
+from sid_sft.forward.store import Store
+from sid_sft.forward.trees import build_tree, pad
+from sid_sft.sid_rows import SidRowAdamW, SidRows
+from sid_sft.steps import deal
+from sid_sft.tasks import DEFAULT_TASKS, TASKS
 
 ARCHITECTURES = {
     "qwen2": {"tie_word_embeddings": True},
@@ -190,7 +194,7 @@ def industrial(tmp_path_factory):
     sft.init_rows(model, ids, known, seed=0)
     dataset = data.build_dataset(
         data.Source(Path(f"{files}.train.csv")),
-        list(data.DEFAULT_TASKS),
+        list(DEFAULT_TASKS),
         catalogue=data.read_catalogue(Path(f"{files}.index.json"), Path(f"{files}.item.json")),
         prompts=data.read_prompts(None, "Industrial_and_Scientific"),
         tokenizer=tokenizer,
@@ -207,7 +211,7 @@ def test_a_disk_without_room_is_named_and_nothing_is_left_there(tokenizer, sid_t
     def full_disk(handle, offset, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("frozen_prefix.os.posix_fallocate", full_disk)
+    monkeypatch.setattr("sid_sft.forward.store.os.posix_fallocate", full_disk)
     with pytest.raises(InputError, match="has no room for the 0.0 GB .*No space left"):
         FrozenPrefix(model, rows, Examples(dataset), 4, cache_bytes=10**9, cache_place=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -216,7 +220,7 @@ def test_a_disk_without_room_is_named_and_nothing_is_left_there(tokenizer, sid_t
 def test_stores_in_one_folder_share_no_file_and_touch_none_that_is_there(tmp_path, monkeypatch):
     """As when two processes keep things in one folder at the same moment: no name has been given back yet."""
     (tmp_path / "store-1").write_bytes(b"a user's own")
-    monkeypatch.setattr("frozen_prefix.os.unlink", lambda path: None)
+    monkeypatch.setattr("sid_sft.forward.store.os.unlink", lambda path: None)
     stores = [Store(1000, torch.device("cpu"), tmp_path) for _ in range(2)]
     first, second = (store.take((4,), torch.float32).fill_(number) for number, store in enumerate(stores))
     assert first.tolist() == [0.0] * 4

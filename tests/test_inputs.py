@@ -15,7 +15,11 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import sft
-from data import TASKS, Encoder, InputError, read_catalogue, read_prompts, read_rows, render
+from sid_sft.catalogue import read_catalogue
+from sid_sft.encoding import Encoder
+from sid_sft.files import InputError
+from sid_sft.interactions import read_rows
+from sid_sft.tasks import TASKS, read_prompts, render
 
 LISTS = ("history_item_id", "history_item_sid", "history_item_title")
 
@@ -291,7 +295,7 @@ def test_a_cutoff_within_the_models_positions_is_left_alone(flags, base, tmp_pat
 def test_the_positions_of_a_model_are_known_from_its_config(kind, settings, positions, tmp_path):
     from transformers import AutoConfig
 
-    from checkpoint import model_positions
+    from sid_sft.checkpoint import model_positions
 
     AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
     assert model_positions(str(tmp_path), trust_remote_code=False) == positions

@@ -9,6 +9,7 @@ import pytest
 
 from rq import prepare, rqkmeans, text2emb
 from rq.generate_indices import read_index, sid_tokens
+from sid_sft.interactions import read_rows
 
 data = pytest.importorskip("data", reason="rq/ stands alone here")
 sft = pytest.importorskip("sft", reason="rq/ stands alone here")
@@ -55,7 +56,7 @@ def test_sft_reads_every_row_that_prepare_wrote_and_finds_nothing_amiss(shop, ca
     caplog.set_level(logging.INFO)
     catalogue = data.read_catalogue(shop / "Shop.index.json", shop / "Shop.item.json")
     assert [item.id for item in catalogue.items] == [str(number) for number in range(len(catalogue.items))]
-    rows = [row for part in ("train", "valid", "test") for row in data.read_rows(shop / f"Shop.{part}.csv", catalogue)]
+    rows = [row for part in ("train", "valid", "test") for row in read_rows(shop / f"Shop.{part}.csv", catalogue)]
     assert len(rows) == 8 * 5
     assert "left out" not in caplog.text
     assert "differ from the item file" not in caplog.text

@@ -6,9 +6,10 @@ import pytest
 from conftest import small_model
 from transformers import TrainerState
 
-from data import PROMPTS, file_hash
-from run_report import model_card, series, write_run_report
-from sid_rows import SidRows
+from sid_sft.files import file_hash
+from sid_sft.run_report import model_card, series, write_run_report
+from sid_sft.sid_rows import SidRows
+from sid_sft.tasks import PROMPTS
 
 LOG = [
     {"step": 1, "loss": 4.0, "loss_sid_sid": 5.0, "learning_rate": 0.01, "tokens_per_s": 900.0},

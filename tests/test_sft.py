@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import sft
-from flags import check_command_line, convert
-from plain_forward import Examples, Part
-from trainer import StepSampler, deal
+from sid_sft.command_line import check_command_line, convert
+from sid_sft.forward.examples import Examples, Part
+from sid_sft.steps import StepSampler, deal
 
 
 def run(arguments, caplog) -> str:
@@ -513,6 +513,6 @@ def test_sft_sh_passes_arguments_on_and_lets_them_win(tmp_path):
     assert "--save_steps" not in demo
     saved = words("--save_steps", "6", DEMO_DIR=str(tmp_path / "demo"))
     assert "--eval_steps" not in saved
-    assert demo[:2] == ["demo.py", str(tmp_path / "demo")]
+    assert demo[:3] == ["-m", "sid_sft.demo", str(tmp_path / "demo")]
     assert value(demo, "train_file") == f"{tmp_path}/demo/shop.train.csv"
     assert demo.count("--freeze_LLM") == 1

@@ -8,8 +8,10 @@ from conftest import small_model
 from safetensors.torch import load_file, save_file
 
 import sft
-from data import InputError
-from sid_rows import ROWS_FILE, SidRowAdamW, SidRows, base_hash, differing_values, tables_of
+from sid_sft.checkpoint import apply_sid_rows
+from sid_sft.files import InputError
+from sid_sft.forward.architecture import tables_of
+from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, SidRows, base_hash, differing_values
 
 IDS = [5, 40, 41, 90]
 TOKENS = ["<a_0>", "<a_1>", "<b_0>", "<b_1>"]
@@ -114,7 +116,7 @@ def test_a_rows_file_turns_the_base_into_the_trained_model(base, tokenizer, sid_
     rows.save(tmp_path / ROWS_FILE, digest)
     model = sft.load_model(str(base), from_scratch=False, trust_remote_code=False)
     plain = sft.load_tokenizer(str(base), trust_remote_code=False)
-    sft.apply_sid_rows(model, plain, tmp_path / ROWS_FILE)
+    apply_sid_rows(model, plain, tmp_path / ROWS_FILE)
     assert plain.convert_tokens_to_ids(sid_tokens) == rows.ids.tolist() or set(sid_tokens) <= set(plain.get_vocab())
     for (name, value), other in zip(model.state_dict().items(), trained.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
@@ -128,21 +130,21 @@ def test_rows_of_another_base_or_tokenizer_are_refused(base, tokenizer, sid_toke
     rows.save(tmp_path / "same", base_hash(model, int(rows.ids[0])))
     fresh = sft.load_tokenizer(str(base), trust_remote_code=False)
     with pytest.raises(InputError, match="another base model"):
-        sft.apply_sid_rows(model, fresh, tmp_path / "other")
+        apply_sid_rows(model, fresh, tmp_path / "other")
     assert "<a_0>" not in fresh.get_vocab()
     fresh.add_tokens(["something else"])
     with pytest.raises(InputError, match="other ids"):
-        sft.apply_sid_rows(model, fresh, tmp_path / "same")
+        apply_sid_rows(model, fresh, tmp_path / "same")
 
 
 def test_a_broken_rows_file_is_named(tmp_path):
     path = tmp_path / ROWS_FILE
     path.write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="is not a rows file"):
-        sft.apply_sid_rows(small_model("qwen2", 100), None, path)
+        apply_sid_rows(small_model("qwen2", 100), None, path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="is not a rows file"):
-        sft.apply_sid_rows(small_model("qwen2", 100), None, path)
+        apply_sid_rows(small_model("qwen2", 100), None, path)
 
 
 def test_the_hash_of_a_base_knows_its_weights_but_not_their_dtype_or_the_sid_rows():

@@ -10,7 +10,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data import CSV_COLUMNS, LINE_PATTERNS
+from sid_sft.encoding import LINE_PATTERNS
+from sid_sft.interactions import CSV_COLUMNS
 
 SIDS = {
     "0": ["<a_0>", "<b_0>", "<c_0>"],

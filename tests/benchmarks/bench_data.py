@@ -29,26 +29,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 csv.field_size_limit(sys.maxsize)
 
-from data import (  # noqa: E402
-    DEFAULT_TASKS,
-    SEPARATOR,
-    TASKS,
-    Catalogue,
-    Row,
-    Source,
-    build_dataset,
-    prompt_head,
-    read_catalogue,
-    read_prompts,
-    render,
-)
+from data import build_dataset
+from sid_sft.catalogue import Catalogue, read_catalogue
+from sid_sft.dataset_cache import Source
+from sid_sft.interactions import Row
+from sid_sft.tasks import DEFAULT_TASKS, SEPARATOR, TASKS, prompt_head, read_prompts, render
 
 
 def load(files: str, base_model: str):
     """Catalogue, prompts and the tokenizer that knows the SID tokens."""
     from transformers import AutoTokenizer
 
-    from sft import add_sid_tokens
+    from sid_sft.vocabulary import add_sid_tokens
 
     catalogue = read_catalogue(Path(f"{files}.index.json"), Path(f"{files}.item.json"))
     tokenizer = AutoTokenizer.from_pretrained(base_model)

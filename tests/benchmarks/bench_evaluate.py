@@ -44,9 +44,11 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from checkpoint import load_model, load_tokenizer, read_wording
-    from data import read_catalogue, read_rows
-    from evaluate import Evaluator, own_device, sampled
+    from evaluate import own_device
+    from sid_sft.catalogue import read_catalogue
+    from sid_sft.checkpoint import load_model, load_tokenizer, read_wording
+    from sid_sft.interactions import read_rows
+    from sid_sft.recommend.evaluator import Evaluator, sampled
 
     device = own_device()
     tokenizer = load_tokenizer(flags.base_model, trust_remote_code=False)

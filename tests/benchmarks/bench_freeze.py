@@ -90,10 +90,11 @@ def contender(name: str, folder: Path, shape: str, epochs: int, profile: bool) -
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     import sft
-    from frozen_prefix import FrozenPrefix
-    from plain_forward import Examples, PlainForward
-    from sid_rows import SidRowAdamW, SidRows
-    from trainer import StepSampler
+    from sid_sft.forward.examples import Examples
+    from sid_sft.forward.frozen_prefix import FrozenPrefix
+    from sid_sft.forward.plain import PlainForward
+    from sid_sft.sid_rows import SidRowAdamW, SidRows
+    from sid_sft.steps import StepSampler
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")

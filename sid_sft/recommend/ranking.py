@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Catalogue, Row
+from sid_sft.catalogue import Catalogue
+from sid_sft.interactions import Row
 
 KS = (1, 3, 5, 10, 20, 50)
 MISSED = np.iinfo(np.int64).max  # the rank of a target that is not in the list

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from architecture import tables_of
-from data import InputError
+from sid_sft.files import InputError
+from sid_sft.forward.architecture import tables_of
 
 ROWS_FILE = "sid_rows.safetensors"
 HASHED_VALUES = 4096  # values sampled of each tensor for the hash of a base model

@@ -23,10 +23,8 @@ and values, N nodes of a tree.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architecture import (
+from sid_sft.forward.architecture import (
     KeyLayout,
     KnownKeys,
     Pair,
@@ -48,10 +46,12 @@ from architecture import (
     known_tokens,
     sliding_window,
 )
-from data import TASKS, InputError
-from plain_forward import Examples, Part
-from sid_rows import SidRows
-from token_trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, to_device
+from sid_sft.forward.examples import Examples, Part
+from sid_sft.forward.frozen_head import FrozenHead, FrozenLogSumExp, Labels
+from sid_sft.forward.store import DEVICE, Store
+from sid_sft.forward.trees import OwnKeys, Tree, build_tree, common_prefix, group_by_user, lay_out, to_device
+from sid_sft.sid_rows import SidRows
+from sid_sft.tasks import TASKS
 
 TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 
@@ -72,77 +72,7 @@ class Room(NamedTuple):
 
 SMALL_ROOM = Room(tail=16, static=48, fill=512, logits=250_000)  # a CPU is busy with little, and short of memory
 LARGE_ROOM = Room(tail=128, static=512, fill=8192, logits=64_000_000)  # an accelerator waits for every launch
-DEVICE, HOST = "device", "host"  # where the store may be, besides a folder
-LEAST_BLOCK = 512  # rows of the head per piece of logits
 LEAST_TAIL, LEAST_STATIC = 128, 512  # tokens of the smallest micro-batch: as many as a plain one of one or two examples has
-
-
-# ---------------------------------------------------------------------------------------------- the head
-
-
-class FrozenHead(NamedTuple):
-    """An output head whose rows are frozen but for the SID rows. weight (V, D); bias (V,) or None; ids (M,), ascending;
-    finish: what the model does to its logits, element by element; room: values of logits held at a time."""
-
-    weight: Tensor
-    bias: Tensor | None
-    ids: np.ndarray
-    finish: Callable[[Tensor], Tensor]
-    room: int
-
-    def log_sum_exp(self, hidden: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-sum-exp of the frozen rows' logits (n,), and its gradient in `hidden` (n, D) where wanted.
-
-        The gradient, softmax(hidden W^T) W, is attention with W as keys and values, and is found as attention finds it: a
-        block of W at a time, with a running maximum (https://arxiv.org/abs/1805.02867, https://arxiv.org/abs/2411.09009).
-        No (n, V) matrix exists, and no logit is computed twice.
-        """
-        block = max(LEAST_BLOCK, self.room // max(1, len(hidden)))
-        number = torch.promote_types(hidden.dtype, torch.float32)
-        most = hidden.new_full((len(hidden), 1), torch.finfo(number).min, dtype=number)
-        total = torch.zeros_like(most)
-        gradient = torch.zeros_like(hidden, dtype=number) if with_gradient else None
-        for start in range(0, len(self.weight), block):
-            weight = self.weight[start : start + block]
-            raw = F.linear(hidden, weight, None if self.bias is None else self.bias[start : start + block])
-            with torch.set_grad_enabled(with_gradient):
-                logits = self.finish(raw.requires_grad_(with_gradient))
-            shown, before = logits.detach(), most
-            low, high = np.searchsorted(self.ids, (start, start + block))
-            if low < high:
-                shown = shown.index_fill(1, to_device(self.ids[low:high] - start, shown.device), -torch.inf)
-            most = torch.maximum(most, shown.amax(1, keepdim=True))
-            share, shrink = (shown - most).exp_(), (before - most).exp_()
-            total.mul_(shrink).add_(share.sum(1, keepdim=True))
-            if gradient is not None:
-                if logits is not raw:
-                    (share,) = torch.autograd.grad(logits, raw, share)
-                gradient.mul_(shrink).add_(share @ weight)
-        return (most + total.log()).squeeze(1), None if gradient is None else gradient.div_(total).to(hidden.dtype)
-
-    def logit(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """The logits of the targets (n,), differentiable in `hidden` (n, D)."""
-        number = torch.promote_types(hidden.dtype, torch.float32)
-        raw = (hidden.to(number) * self.weight.detach()[target].to(number)).sum(1)
-        return self.finish(raw if self.bias is None else raw + self.bias[target])
-
-
-class FrozenLogSumExp(torch.autograd.Function):
-    """FrozenHead.log_sum_exp as a function of the hidden states; its gradient is computed along with it."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head: FrozenHead) -> Tensor:  # noqa: D102
-        found, gradient = head.log_sum_exp(hidden, with_gradient=ctx.needs_input_grad[0])
-        ctx.save_for_backward(gradient)
-        return found
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None].to(gradient.dtype), None
-
-
-# ---------------------------------------------------------------------------------------------- keys and values
 
 
 class PrefixKeys(NamedTuple):
@@ -152,71 +82,11 @@ class PrefixKeys(NamedTuple):
     rows: dict[int, np.ndarray]
 
 
-class Store:
-    """Room for what is kept over the run, in bytes: on the model's device, in the host's memory, or mapped to files.
-
-    place: DEVICE, HOST, or a folder. What `take` gives holds anything at first; only rows that were written may be read.
-    """
-
-    def __init__(self, budget: int, device: torch.device, place: str | Path) -> None:
-        self.left, self.device, self.place = budget, device, place
-
-    def has_room(self, size: int) -> bool:
-        return size <= self.left
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """An empty tensor, or None where the budget does not reach."""
-        size = int(np.prod(shape)) * dtype.itemsize
-        if not self.has_room(size):
-            return None
-        self.left -= size
-        if self.place in (DEVICE, HOST) or not size:
-            # A row is written by the fill that owns its tree before any micro-batch of that tree reads it, and none reads
-            # another tree's (`fill`, `read_rows`). Zeros would cost a pass over all the memory at the start.
-            return torch.empty(shape, dtype=dtype, device="cpu" if self.place == HOST else self.device)
-        # A name of its own: other processes may keep things in the same folder. The disk is taken now, for a mapped page
-        # without one behind it kills the process. The mapping outlives the name, so nothing is left behind whatever happens.
-        handle, name = tempfile.mkstemp(dir=self.place)
-        try:
-            os.posix_fallocate(handle, 0, size)
-            return torch.from_file(name, shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
-        except OSError as error:
-            raise InputError(
-                f"{self.place}: has no room for the {size / 1e9:.1f} GB to be kept there ({error.strerror}); "
-                "choose another folder (--prefix_cache_in) or less (--prefix_cache_gb)"
-            ) from None
-        finally:
-            os.close(handle)
-            os.unlink(name)
-
-    def read(self, kept: Tensor, rows: np.ndarray) -> Tensor:
-        """Some rows of a kept tensor, on the model's device; from the host through pinned memory, without waiting."""
-        places = to_device(rows, kept.device)
-        if kept.device == self.device or self.device.type != "cuda":
-            return kept.index_select(0, places).to(self.device)
-        # index_select writes every element of it.
-        pinned = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, pin_memory=True)
-        return torch.index_select(kept, 0, places, out=pinned).to(self.device, non_blocking=True)
-
-
 class PrefixTree(NamedTuple):
     """The own prefixes of some examples of one user and task as one tree; its paths are the members', in their order."""
 
     members: list[int]
     tree: Tree
-
-
-class Labels(NamedTuple):
-    """Labels and what predicts them. hidden (n, D); rest: log-sum-exp over the frozen logits (n,); target logit (n,), of use
-    where the target is frozen; target ids (n,)."""
-
-    hidden: Tensor
-    rest: Tensor
-    logit: Tensor
-    target: Tensor
-
-
-# ---------------------------------------------------------------------------------------------- the frozen prefix
 
 
 class FrozenPrefix:

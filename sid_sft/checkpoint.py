@@ -1,17 +1,25 @@
-"""What a checkpoint folder holds: a model, a tokenizer, and the wording it was trained with."""
+"""Checkpoint folders: a model, a tokenizer, the wording it was trained with, and in freeze mode the SID rows."""
 
 from __future__ import annotations
 
+import json
 import logging
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from data import PROMPTS, TASKS, Catalogue, InputError, check_template, error_text, read_json
+from sid_sft.catalogue import Catalogue
+from sid_sft.files import InputError, error_text, read_json, whole_folder
+from sid_sft.tasks import PROMPTS, TASKS, category_name, check_template
+from sid_sft.vocabulary import add_sid_tokens, grow_embeddings, vocabulary_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sid_sft.sid_rows import SidRows
 
 logger = logging.getLogger("sft.checkpoint")
 
@@ -164,3 +172,108 @@ def check_base_model(base_model: str) -> None:
         raise InputError(f"--base_model {base}: the folder has no config.json; expected a saved HF model{hint}")
     if not base.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
         raise InputError(f"--base_model {base}: there is no such folder")
+
+
+def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Turns a base model and its tokenizer, in place, into those of a freeze run, from its sid_rows.safetensors.
+
+    InputError when the rows were trained on another base model, or when the tokenizer gives the tokens other ids.
+    """
+    import torch
+
+    from sid_sft.forward.architecture import tables_of
+    from sid_sft.sid_rows import base_hash, read_rows_file
+
+    saved = read_rows_file(Path(path))
+    if (found := base_hash(model, int(saved.ids[0]))) != saved.base_hash:
+        raise InputError(f"{path}: was trained on another base model (hash {saved.base_hash}, this one's is {found})")
+    add_sid_tokens(tokenizer, saved.tokens)
+    if tokenizer.convert_tokens_to_ids(saved.tokens) != saved.ids.tolist():
+        raise InputError(f"{path}: the tokenizer gives the SID tokens other ids; use the tokenizer of the base model")
+    grow_embeddings(model, vocabulary_size(tokenizer))
+    with torch.no_grad():
+        for name, weight in tables_of(model).items():
+            weight[saved.ids] = saved.rows[name].to(weight)
+
+
+def save_final(
+    flags: types.SimpleNamespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: SidRows | None,
+    wording: dict[str, str],
+    base_dtype: torch.dtype,
+    card: str,
+) -> None:
+    """Writes output_dir/final_checkpoint: a plain HF folder in the base model's dtype, with the wording beside it.
+
+    Nothing unproven is left there: the base that a frozen model came from is loaded again and compared value by value, only
+    its SID rows are set, and the folder is loaded once more and compared with the trained model.
+    """
+    from sid_sft.sid_rows import ROWS_FILE
+
+    folder = Path(flags.output_dir) / "final_checkpoint"
+    trained = rows.masters if rows else model.parameters()
+    if not all(bool(values.isfinite().all()) for values in trained):
+        raise InputError(
+            "training ended with values that are no numbers, so no final_checkpoint was written; try a lower --learning_rate"
+        )
+    with whole_folder(folder) as scratch:
+        if rows is None:
+            final = model.to(base_dtype)
+        else:
+            final, digest = base_with_rows(flags, model, tokenizer, rows)
+            rows.save(scratch / ROWS_FILE, digest)
+        final.config.pad_token_id = tokenizer.pad_token_id
+        final.save_pretrained(scratch)
+        del final
+        tokenizer.save_pretrained(scratch)
+        content = {"category": category_name(flags.category), "tasks": flags.tasks.split(","), "prompts": wording}
+        (scratch / PROMPTS_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+        check_saved(scratch, model, rows, trust_remote_code=flags.trust_remote_code)
+    logger.info(f"Saved the model and tokenizer to {folder}")
+
+
+def base_with_rows(
+    flags: types.SimpleNamespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: SidRows
+) -> tuple[PreTrainedModel, str]:
+    """The base model, loaded again, with the trained SID rows, and its hash before; proves that no frozen value moved."""
+    from sid_sft.forward.architecture import tables_of
+    from sid_sft.sid_rows import base_hash, differing_values
+
+    base = load_model(flags.base_model, from_scratch=False, trust_remote_code=flags.trust_remote_code)
+    changed = sum(differing_values(model, base, rows.ids).values())
+    logger.info(f"frozen values changed: {changed}")
+    if changed:
+        raise InputError(f"{changed} frozen values changed in training; no final_checkpoint was written")
+    digest = base_hash(base, int(rows.ids[0]))
+    sizes = {name: len(weight) for name, weight in tables_of(base).items()}
+    grow_embeddings(base, vocabulary_size(tokenizer))
+    trained, tables = tables_of(model), tables_of(base)
+    for name, size in sizes.items():
+        tables[name].data[size:] = trained[name].data[size:].to(tables[name])
+    for name, _, master in rows.tables:
+        tables[name].data[rows.ids.cpu()] = master.data.to(tables[name])
+    return base, digest
+
+
+def check_saved(folder: Path, model: PreTrainedModel, rows: SidRows | None, *, trust_remote_code: bool) -> None:
+    """InputError unless a saved folder, loaded again, holds the trained model's values, and the SID rows' masters."""
+    import torch
+
+    from sid_sft.forward.architecture import tables_of
+    from sid_sft.sid_rows import differing_values
+
+    saved = load_model(str(folder), trust_remote_code=trust_remote_code)
+    found = differing_values(model, saved, rows.ids if rows else None)
+    for name, _, master in rows.tables if rows else ():
+        weight = tables_of(saved)[name].detach()
+        if not torch.equal(weight[rows.ids.cpu()], master.detach().to(weight)):
+            found[name] = len(rows.ids)
+    if found:
+        name, count = next(iter(found.items()))
+        raise InputError(
+            f"the saved model is not the trained one ({count:,} values of {name} differ after loading), so no "
+            f"final_checkpoint was written; transformers does not save {type(model).__name__} whole"
+        )

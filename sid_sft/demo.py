@@ -90,7 +90,7 @@ def pretrain(folder: Path, seed: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 
-    from data import PROMPTS
+    from sid_sft.tasks import PROMPTS
 
     set_seed(seed)
     texts = pretraining_texts(seed)

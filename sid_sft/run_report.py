@@ -18,12 +18,13 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data import TASKS, file_hash
+from sid_sft.files import file_hash
+from sid_sft.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerState
 
-    from sid_rows import SidRows
+    from sid_sft.sid_rows import SidRows
 
 REPORT_FILE, CURVES_FILE = "report.md", "curves.png"
 INPUTS = ("train_file", "eval_file", "sid_index_path", "item_meta_path", "preference_file", "prompts")

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architecture import KnownKeys, Past, appended, finish_logits, known_tokens, own_logits, sliding_window
-from frozen_prefix import LARGE_ROOM
-from token_trees import additive_masks, common_prefix, pad
+from sid_sft.forward.architecture import KnownKeys, Past, appended, finish_logits, known_tokens, own_logits, sliding_window
+from sid_sft.forward.frozen_prefix import LARGE_ROOM
+from sid_sft.forward.trees import additive_masks, common_prefix, pad
 
 CACHED_LOGITS = 1_000_000  # logits held at a time on a CPU, in values: 4 MB stay in its cache
 OWN_BEAMS = 16  # sequences of one forward where a model's own forward is all that is known to be right

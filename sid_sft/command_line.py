@@ -20,9 +20,9 @@ from typing import Any
 
 import fire
 
-from data import InputError
+from sid_sft.files import InputError
 
-logger = logging.getLogger("sft.flags")
+logger = logging.getLogger("sft.command_line")
 
 
 def world_size() -> int:
@@ -108,3 +108,9 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 def suggestion(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def tell(text: str) -> None:
+    """The answer a user asked for goes to standard output; the log goes to standard error."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -11,7 +11,6 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,79 +21,15 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
-from choose_forward import Forward, choose_forward
-from data import TASKS, InputError
-from evaluate import Evaluator
-from plain_forward import Examples, Part
-from sid_rows import ROWS_FILE, SidRowAdamW, SidRows
+from sid_sft.files import InputError
+from sid_sft.forward.choose import Forward, choose_forward
+from sid_sft.forward.examples import Examples
+from sid_sft.recommend.evaluator import Evaluator
+from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, SidRows
+from sid_sft.steps import StepLoader, StepSampler, deal
+from sid_sft.tasks import TASKS
 
 logger = logging.getLogger("sft.trainer")
-
-LENGTH_POOL = 50  # steps whose examples are sorted together under group_by_length, as HF's own sampler has it
-
-
-class StepSampler:
-    """The examples of each optimizer step of an epoch; every example once an epoch, the last step may be smaller.
-
-    The order depends on seed and epoch alone, not on the number of processes.
-    """
-
-    def __init__(
-        self,
-        examples: Examples,
-        batch_size: int,
-        seed: int,
-        *,
-        group_by_length: bool = False,
-        group_users: bool = False,
-    ) -> None:
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.group_by_length, self.group_users = group_by_length, group_users
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.examples) / self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.examples))
-        if self.group_users:
-            # A user's examples stand together where the user's first one fell; items keep their own places.
-            users = self.examples.user[order]
-            first = {int(user): place for place, user in reversed(list(enumerate(users)))}
-            key = np.where(users >= 0, [first[int(user)] for user in users], np.arange(len(order)))
-            order = order[np.argsort(key, kind="stable")]
-        if self.group_by_length:
-            pool = LENGTH_POOL * self.batch_size
-            pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-            order = np.concatenate([p[np.argsort(-self.examples.length[p], kind="stable")] for p in pools])
-        steps = [order[i : i + self.batch_size].tolist() for i in range(0, len(order), self.batch_size)]
-        if self.group_by_length and len(steps) > 2:
-            middle = steps[:-1]  # the smaller step, if any, stays last
-            steps = [middle[i] for i in rng.permutation(len(middle))] + steps[-1:]
-        yield from steps
-
-
-class StepLoader(DataLoader):
-    """A DataLoader whose batches are the index lists of StepSampler; what an epoch's order is, it is told per epoch."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-
-
-def deal(parts: list[Part], processes: int) -> list[list[np.ndarray]]:
-    """Deals micro-batches to processes so that the costs are even: first what has an owner, then the dearest first, always
-    to the least loaded."""
-    hands: list[list[np.ndarray]] = [[] for _ in range(processes)]
-    load = [0.0] * processes
-    for part in sorted(parts, key=lambda part: (part.owner is None, -part.cost)):
-        process = load.index(min(load)) if part.owner is None else part.owner
-        hands[process].append(part.indices)
-        load[process] += part.cost
-    return hands
 
 
 class LogLines(ProgressCallback):

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from architecture import Window
+from sid_sft.forward.architecture import Window
 
 if TYPE_CHECKING:
-    from plain_forward import Examples
+    from sid_sft.forward.examples import Examples
 
 
 def pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:

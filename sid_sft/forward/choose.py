@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from architecture import own_logits, why_not_exact
-from data import InputError, error_text
-from frozen_prefix import FrozenPrefix
-from plain_forward import Examples, OwnForward, PlainForward
-from sid_rows import SidRows
+from sid_sft.files import InputError, error_text
+from sid_sft.forward.architecture import own_logits, why_not_exact
+from sid_sft.forward.examples import Examples
+from sid_sft.forward.frozen_prefix import FrozenPrefix
+from sid_sft.forward.plain import OwnForward, PlainForward
+from sid_sft.sid_rows import SidRows
 
 logger = logging.getLogger("sft.choose_forward")
 

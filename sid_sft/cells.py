@@ -1,0 +1,135 @@
+"""The cells of an interaction CSV: list literals of texts and numbers, and item ids however they are written."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import json
+import re
+import warnings
+from collections import Counter
+from typing import Any
+
+from sid_sft.catalogue import TITLE_TYPES, Catalogue
+from sid_sft.files import InputError, join_or
+
+# How an entry of a list cell is written. Two texts side by side are not in it: Python reads ['Mug' 'Jug'], which is what
+# a numpy array of two writes, as the one text 'MugJug'.
+STRING = r"""[rRuU]?(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+")"""
+NUMBER = r"-?(?:0|[1-9]\d*+)(?:\.\d*+)?(?:[eE][+-]?\d+)?(?![\w.])"
+ENTRY = rf"(?:{STRING}|{NUMBER}|None\b)"
+LIST = re.compile(rf"\s*\[\s*(?:{ENTRY}(?:\s*,\s*{ENTRY})*+\s*,?\s*)?\]\s*")
+LIST_BEGUN = re.compile(rf"\s*\[\s*(?:{ENTRY}\s*,\s*)*({ENTRY})\s*({ENTRY})")
+NUMPY_SCALAR = rf"(?:np|numpy)\.(?:u?int|float|str_)\d*\(\s*({STRING}|{NUMBER})\s*\)"
+OTHERWISE_WRITTEN = re.compile(rf"({STRING})|{NUMPY_SCALAR}|\b(?:nan|NaN|null)\b|<NA>")
+
+
+def read_list(cell: str) -> list[str | int | float | None]:
+    """The list that a cell holds, as Python or JSON writes it: "['a', \"it's\"]" -> ["a", "it's"].
+
+    Its entries are texts and numbers, also as np.int64(5), and None, nan or null where one is missing. Nothing is
+    evaluated; ValueError tells why a cell is no such list. Texts and whole numbers that JSON can read are read by JSON:
+    ten times as fast, and the only right way where JSON wrote them (an emoji as two halves, a slash as \\/).
+    """
+    try:
+        value = json.loads(cell if '"' in cell or "\\" in cell else cell.replace("'", '"'))
+        if type(value) is list and all(type(entry) in (str, int) for entry in value):
+            return value
+    except (ValueError, RecursionError):
+        pass  # whatever else it is: the grammar above decides
+    plain = OTHERWISE_WRITTEN.sub(lambda found: found[1] or found[2] or "None", cell).strip()
+    if LIST.fullmatch(plain):
+        with contextlib.suppress(SyntaxError, ValueError, MemoryError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # '\/' in a title is nothing to warn of
+            return ast.literal_eval(plain)
+    if begun := LIST_BEGUN.match(plain):
+        raise ValueError(f"is not a list literal (no comma between {begun[1][:30]} and {begun[2][:30]})")
+    if "..." in re.sub(STRING, "", plain):
+        raise ValueError("is not a list literal (numpy left entries out of it at the three dots)")
+    raise ValueError("is not a list literal of texts and numbers")
+
+
+class ItemIds:
+    """Finds the item that an id of a file means: ItemIds(catalogue).find("5.0") -> the place of "5".
+
+    The text of an id decides. Where no item has it, the id may be written otherwise than in the index: as "5.0", " 5",
+    "05", "'5'" or "np.int64(5)" for "5". Such an id is read if exactly one item can be meant, and is counted.
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.like = f"the index has ids like {catalogue.items[0].id!r}"
+        self.respelled: Counter[tuple[str, str]] = Counter()
+
+    @functools.cached_property
+    def places(self) -> dict[str, list[int]]:
+        """The places of the items whose ids are the same but for how they are written."""
+        places: dict[str, list[int]] = {}
+        for place, item in enumerate(self.catalogue.items):
+            places.setdefault(plain_id(item.id), []).append(place)
+        return places
+
+    def find(self, value: Any) -> int | None:
+        """The place of an item, None where the index has no such item; ValueError where the id could mean anything."""
+        place = self.catalogue.place.get(text := str(value))
+        if place is not None:
+            return place
+        if type(value) is float and not (value.is_integer() and abs(value) < 2**53):
+            raise ValueError(f"has {text} for an item id; {self.like}; write it as there")
+        found = self.places.get(plain_id(text), [])
+        if len(found) > 1:
+            either = join_or(repr(self.catalogue.items[place].id) for place in found)
+            raise ValueError(f"has {text!r} for an item id, which may be {either} of the index; write it as there")
+        if not found:
+            return None
+        self.respelled[text, self.catalogue.items[found[0]].id] += 1
+        return found[0]
+
+    def note(self) -> str:
+        """What to tell of ids that are written otherwise than in the index; nothing where none is."""
+        if not self.respelled:
+            return ""
+        text, known = next(iter(self.respelled))
+        count = f"{self.respelled.total():,} item ids"
+        return f"{count} are written otherwise than in the index and read as there ({text!r} as {known!r})"
+
+
+def plain_id(text: str) -> str:
+    """The same text for all ways to write an id: "5.0", " 5", "05", "'5'" and "np.int64(5)" -> "5"."""
+    text = re.sub(rf"\A\s*{NUMPY_SCALAR}\s*\Z", r"\1", text).strip()
+    text = text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    number = re.fullmatch(r"(-?)0*([0-9]+)(?:\.0*)?", text)
+    return number[1] + number[2] if number else text
+
+
+# The list columns, and what an entry of each may be. Ids and titles that are numbers are read by their text.
+LIST_COLUMNS = {
+    "history_item_id": (str, int, float),
+    "history_item_sid": (str,),
+    "history_item_title": TITLE_TYPES,
+}
+
+
+def list_cell(where: str, fields: dict[str, str], column: str, catalogue: Catalogue) -> list:
+    """The list in a cell, its entries of the types that its column has; InputError shows the cell and a right one."""
+    cell = fields[column]
+    try:
+        values = read_list(cell)
+        for value in values:
+            if type(value) not in LIST_COLUMNS[column]:
+                raise ValueError(f"has the entry {value!r}")
+    except ValueError as error:
+        raise InputError(
+            f"{where}: column {column!r} {error}: {' '.join(cell[:60].split())!r}; "
+            f"expected one like {example_cell(column, catalogue)}, as numpy's tolist() gives it"
+        ) from None
+    return values
+
+
+def example_cell(column: str, catalogue: Catalogue) -> str:
+    """What a list column of this catalogue may hold."""
+    items = catalogue.items[:2]
+    if column == "history_item_id":
+        return repr([int(item.id) if item.id.isdecimal() and item.id == str(int(item.id)) else item.id for item in items])
+    return repr(["".join(item.sid) if column == "history_item_sid" else item.title or "a title" for item in items])[:120]

@@ -1,0 +1,109 @@
+"""Files, read and written so that a fault is one line and nothing is ever half there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; the message is one line: where, what came, what was expected, what to do."""
+
+
+def error_text(error: Exception) -> str:
+    """An exception as one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """The content of a JSON file; InputError names the file and the line when it is missing, empty or broken."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error_text(error)}); expected {expected}") from None
+    if not text.strip():
+        raise InputError(f"{path}: is empty; expected {expected}")
+    try:
+        content = json.loads(text, object_pairs_hook=distinct_keys)
+        if "\\ud" in text.lower():  # an emoji is two of these; one alone is no character, and nothing can write it
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(error.start - 30, 0) : error.start + 1].encode("ascii", "backslashreplace").decode()
+        raise InputError(f"{path}: holds half a character at the end of {near!r}; mend or remove it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error_text(error)}); expected {expected}") from None
+    return content
+
+
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key stands twice, of which Python would silently keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return content
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file; what is none is told with its line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{path}:{number}: is not UTF-8 ({error_text(error)}); save it as UTF-8") from None
+                if "\0" in text:
+                    raise InputError(f"{path}:{number}: holds a NUL byte; expected a UTF-8 CSV")
+                yield text
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error_text(error)}); expected a UTF-8 CSV") from None
+
+
+def one_line(text: str) -> str:
+    """Text with every run of white space made one space: a title must not end its line."""
+    return " ".join(text.split())
+
+
+def join_or(values: Iterable) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def file_hash(path: Path) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error_text(error)})") from None
+
+
+def content_hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder under a temporary name to write into, which takes the old one's place when all went well.
+
+    The old one is renamed first and deleted last, so one of the two is there whenever the process is killed.
+    """
+    scratch, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(scratch, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

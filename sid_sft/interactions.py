@@ -1,0 +1,238 @@
+"""Rows: who bought what after what, from an interaction CSV or a preference file, checked against the catalogue."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sid_sft.catalogue import Catalogue, same_title, title_text
+from sid_sft.cells import LIST_COLUMNS, ItemIds, list_cell
+from sid_sft.files import InputError, error_text, one_line, read_json, read_lines
+
+logger = logging.getLogger("sft.interactions")
+
+CSV_COLUMNS = (
+    "user_id",
+    "history_item_title",
+    "item_title",
+    "history_item_id",
+    "item_id",
+    "history_item_sid",
+    "item_sid",
+)
+MAX_LEFT_OUT = 0.2  # the share of a file's rows that may be left out before a run stops
+
+
+class Row(NamedTuple):
+    """One example before any wording: places in `Catalogue.items`, the history oldest first.
+
+    `preference` is free text about the user and only set for rows of a preference file.
+    """
+
+    user: str
+    history: tuple[int, ...]
+    item: int
+    preference: str = ""
+
+
+class LeftOut:
+    """The rows of a file that cannot be used, by reason, with an example of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, reason: str, example: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, example)
+
+    def check(self, path: Path, rows: int, max_left_out: float) -> None:
+        """InputError where all rows are left out, or a larger share than is allowed."""
+        left = self.counts.total()
+        why = ", ".join(f"{count:,} because {reason} ({self.examples[reason]})" for reason, count in self.counts.items())
+        if left == rows:
+            raise InputError(
+                f"{path}: no row has a known item and history ({why}); the CSV and the index must be of one dataset"
+            )
+        check_share(f"{path}: ", left, rows, max_left_out, why)
+
+
+def check_share(what: str, left: int, rows: int, max_left_out: float, why: str) -> None:
+    """InputError where more than a share of the rows would be left out."""
+    if left / rows > max_left_out:
+        raise InputError(
+            f"{what}{left:,} of {rows:,} rows would be left out, more than --max_left_out {max_left_out:g} allows: {why}; "
+            "mend that or allow it with --max_left_out 1"
+        )
+
+
+def read_rows(
+    path: Path,
+    catalogue: Catalogue,
+    tell: Callable[[str], None] = logger.info,
+    *,
+    max_left_out: float = MAX_LEFT_OUT,
+) -> Iterator[Row]:
+    """The rows of an interaction CSV, one at a time, checked against the catalogue; tells at the end what it left out.
+
+    The SIDs and titles that are trained on are the catalogue's. A CSV that contradicts its SIDs is refused: it belongs
+    to another index. (A CSV SID that lacks only the last, collision-breaking token is the same item's and is counted.)
+    InputError at the end where a larger share of the rows than `max_left_out` was left out.
+    """
+    path = Path(path)
+    counts: Counter[str] = Counter()
+    ids, left_out = ItemIds(catalogue), LeftOut()
+    for line, fields in read_csv(path):
+        counts["rows"] += 1
+        row = parse_row(f"{path}:{line}", fields, ids, counts, left_out)
+        if row is not None:
+            yield row
+    if not counts["rows"]:
+        raise InputError(f"{path}: has no rows; expected a header and rows of {','.join(CSV_COLUMNS)}")
+    left_out.check(path, counts["rows"], max_left_out)
+    for reason, count in left_out.counts.items():
+        tell(f"{path.name}: {count:,} rows left out: {reason} ({counts['rows']:,} rows)")
+    if note := ids.note():
+        tell(f"{path.name}: {note} ({counts['rows']:,} rows)")
+    for key, text in {
+        "history": "history items left out: they are not in the index",
+        "short": "SIDs lack the last token that the index has; the index is used",
+        "title": "titles differ from the item file's; the item file is used",
+    }.items():
+        if counts[key]:
+            tell(f"{path.name}: {counts[key]:,} {text} ({counts['rows']:,} rows)")
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of its last line, column -> cell) of each row of an interaction CSV."""
+    csv.field_size_limit(2**31 - 1)  # a history of titles has no natural limit; csv's own is 128 KiB
+    reader = csv.reader(read_lines(path), strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise InputError(f"{path}: is empty; expected a header line {','.join(CSV_COLUMNS)}")
+        for column in CSV_COLUMNS:
+            if header.count(column) != 1:
+                fault = f"has the column {column!r} twice" if column in header else f"has no column {column!r}"
+                raise InputError(f"{path}: {fault}; its columns are {','.join(header)[:200]!r}")
+        for cells in reader:
+            if len(cells) == len(header):
+                yield reader.line_num, dict(zip(header, cells, strict=True))
+            elif cells:
+                raise InputError(
+                    f"{path}:{reader.line_num}: has {len(cells)} cells, expected {len(header)} as in the header"
+                )
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: is not CSV ({error_text(error)})") from None
+
+
+def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter, left_out: LeftOut) -> Row | None:
+    """One checked row, or None where its item is unknown or nothing that is known stands before it."""
+    catalogue = ids.catalogue
+    history_ids, sids, titles = (list_cell(where, fields, column, catalogue) for column in LIST_COLUMNS)
+    if not len(history_ids) == len(sids) == len(titles):
+        raise InputError(
+            f"{where}: the history has {len(history_ids)} ids, {len(sids)} SIDs and {len(titles)} titles; "
+            "they must be aligned"
+        )
+    places = []
+    cells = zip([*history_ids, fields["item_id"]], [*sids, fields["item_sid"]], [*titles, fields["item_title"]], strict=True)
+    for item_id, sid, title in cells:
+        try:
+            place = ids.find(item_id)
+        except ValueError as error:
+            given = f"history {fields['history_item_id'][:60]!r}, item {fields['item_id'][:60]!r}"
+            raise InputError(f"{where}: {error} ({given})") from None
+        places.append(place)
+        if place is None:
+            continue
+        item = catalogue.items[place]
+        known = "".join(item.sid)
+        if sid != known:
+            if sid != "".join(item.sid[:-1]):
+                raise InputError(
+                    f"{where}: item {item_id} has the SID {sid[:60]!r}, in the index {known!r}; "
+                    "the CSV and the index must be of one dataset"
+                )
+            counts["short"] += 1
+        if title and title != item.title and item.title and not same_title(title_text(title), item.title):
+            counts["title"] += 1
+    *history, target = places
+    known_history = tuple(place for place in history if place is not None)
+    counts["history"] += len(history) - len(known_history)
+    line = f"line {where.rpartition(':')[2]}"
+    if target is None:
+        left_out.add("their item is not in the index", f"{line}: {fields['item_id'][:60]!r}, {ids.like}")
+    elif not history:
+        left_out.add("their history is empty", line)
+    elif not known_history:
+        left_out.add("no item of their history is in the index", f"{line}: {fields['history_item_id'][:60]!r}, {ids.like}")
+    else:
+        return Row(fields["user_id"], known_history, target)
+    return None
+
+
+def read_preferences(
+    path: Path,
+    catalogue: Catalogue,
+    split: str,
+    tell: Callable[[str], None] = logger.info,
+    *,
+    max_left_out: float = MAX_LEFT_OUT,
+) -> Iterator[Row]:
+    """The rows of one split of a preference file: a JSON list of
+    {"user", "split", "user_preference", "context": {"history_items": [...], "target_item": ...}}.
+
+    An item stands there as its id, as its SID, or as an object with "item_id", "id" or "sid". InputError at the end
+    where a larger share of the entries than `max_left_out` was left out.
+    """
+    expected = 'a list of {"user", "split", "user_preference", "context": {"history_items", "target_item"}}'
+    entries = read_json(path, expected)
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: holds no entries; expected {expected}")
+    by_sid = {"".join(item.sid): place for place, item in reversed(list(enumerate(catalogue.items)))}
+    ids = ItemIds(catalogue)
+    unknown = total = first = 0
+    for number, entry in enumerate(entries):
+        try:
+            history, target = entry["context"]["history_items"], entry["context"]["target_item"]
+            preference, user, its_split = entry["user_preference"], str(entry["user"]), entry.get("split", split)
+        except KeyError as error:
+            raise InputError(f"{path}: entry {number} lacks {error_text(error)}; expected {expected}") from None
+        except (TypeError, AttributeError):
+            raise InputError(f"{path}: entry {number} is no such object; expected {expected}") from None
+        if not isinstance(history, list):
+            raise InputError(f"{path}: entry {number} has history_items that are no list; expected {expected}")
+        if its_split != split:
+            continue
+        try:
+            found = [find_item(value, ids, by_sid) for value in [*history, target]]
+        except ValueError as error:
+            raise InputError(f"{path}: entry {number} {error}") from None
+        total += 1
+        if None in found or len(found) < 2 or not isinstance(preference, str) or not preference.strip():
+            first = first if unknown else number
+            unknown += 1
+            continue
+        yield Row(user, tuple(found[:-1]), found[-1], one_line(preference))
+    if unknown == total:
+        raise InputError(f"{path}: no entry of split {split!r} has known items and a preference; expected {expected}")
+    reason = "unknown item, no history or no preference"
+    if unknown:
+        why = f"{reason} (entry {first}); {ids.like}"
+        check_share(f"{path}: ", unknown, total, max_left_out, why)
+        tell(f"{Path(path).name}: {unknown:,} of {total:,} entries left out: {reason}")
+    if note := ids.note():
+        tell(f"{Path(path).name}: {note}")
+
+
+def find_item(value: Any, ids: ItemIds, by_sid: dict[str, int]) -> int | None:
+    """The place of an item that a preference file names by id, by SID or by an object that has one of them."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("item_id", "id", "sid") if key in value), None)
+    place = by_sid.get(str(value))
+    return ids.find(value) if place is None else place

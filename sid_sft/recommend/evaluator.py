@@ -1,0 +1,248 @@
+"""Recommends for fixed rows with a model in whatever state it is, and measures how well."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from sid_sft.catalogue import Catalogue
+from sid_sft.encoding import Encoder
+from sid_sft.files import InputError, error_text
+from sid_sft.interactions import Row
+from sid_sft.recommend.ranking import KS, Lists, means, ranks_of, row_values, sid_table
+from sid_sft.tasks import TASKS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sid_sft.recommend.beam_search import Decoder
+
+logger = logging.getLogger("sft.evaluator")
+
+TRIAL_BEAMS = 4
+TRIAL_TOLERANCE = 1e-3  # of a score, when the two decoders are compared; a low-precision model gets LOW_TOLERANCE
+LOW_TOLERANCE = 3e-2
+RECOMMENDING_TASKS = ("sid_sid", "title_sid")  # a history in, a SID out
+
+
+class Recommended(NamedTuple):
+    """sid (U, K): SID numbers, best first, -1 where there are no more; score (U, K): their log p."""
+
+    sid: np.ndarray
+    score: np.ndarray
+
+    def lists(self) -> Lists:
+        return [[number for number in row if number >= 0] for row in self.sid.tolist()]
+
+
+class Evaluator:
+    """Recommends for fixed rows with a model in whatever state it is.
+
+    evaluator = Evaluator(tokenizer, catalogue, prompts, rows, num_beams=10, batch_size=32)
+    evaluator.metrics(model)        # {"hr@10": 0.12, "ndcg@10": 0.08}, the same on every process
+
+    Batches are cut from all rows before they are dealt to processes, so a row's numbers do not depend on how many
+    processes there are. Every process must call, and every process gets the whole result.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        catalogue: Catalogue,
+        prompts: dict[str, str],
+        rows: list[Row],
+        *,
+        task: str = "sid_sid",
+        num_beams: int = 10,
+        batch_size: int = 32,
+        cutoff_len: int = 512,
+        model_name: str = "the model",
+    ) -> None:
+        from sid_sft.recommend.beam_search import common_template, score_sequences
+
+        self.num_beams, self.end_id, self.model_name = num_beams, tokenizer.eos_token_id, model_name
+        self.table = sid_table(catalogue, Counter())
+        self.targets = [self.table.of_item[row.item] for row in rows]
+        encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=cutoff_len)
+        examples = encoder.encode(TASKS[task], rows)
+        if None in examples:
+            raise InputError(
+                f"--cutoff_len {cutoff_len} is shorter than the template of task {task}, or an item has no title"
+            )
+        self.prompts = [np.array(example.input_ids[: example.prompt_len]) for example in examples]
+        self.template = common_template(self.prompts)
+        self.sids = [tuple(tokenizer.convert_tokens_to_ids(list(sid))) for sid in self.table.sids]
+        self.sequences = score_sequences(self.sids, self.end_id)
+        by_length = np.argsort([len(prompt) for prompt in self.prompts], kind="stable")
+        self.batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        self.make_decoder: Callable[[PreTrainedModel], Decoder] | None = None  # what serves the model, once it is tried
+
+    def recommend(self, model: PreTrainedModel, *, progress: bool = False) -> Recommended:
+        """The best SIDs for every row."""
+        import torch
+
+        from sid_sft.recommend.beam_search import build_trie, search
+
+        trie = build_trie(self.sequences, model.device)
+        width = min(self.num_beams, len(self.sequences))
+        sid = torch.zeros(len(self.prompts), width, dtype=torch.int64, device=model.device)
+        score = torch.zeros(len(self.prompts), width, dtype=torch.float64, device=model.device)
+        with evaluating(model):
+            decoder = self.decoder(model)
+            for batch in self.own_batches(progress=progress):
+                found = search(decoder, trie, [self.prompts[i] for i in batch], self.num_beams)
+                sid[batch], score[batch] = found.leaf, found.score.double()
+                if not can_rank(found.score):
+                    break  # to where the processes meet: refused there, by all of them
+        sum_over_processes(sid, score)  # a row is zero everywhere but where it was computed
+        if not can_rank(score):
+            raise InputError(not_finite(self.model_name, model))
+        return Recommended(sid.cpu().numpy(), score.cpu().numpy())
+
+    def recommend_freely(self, model: PreTrainedModel, rows: np.ndarray) -> list[list[tuple[int, ...]]]:
+        """What a beam search that knows no catalogue writes for some rows: token ids up to the end token.
+
+        It has as many beams as the constrained search can fill: with more, some would be no SID in any case.
+        """
+        from sid_sft.recommend.beam_search import search_freely
+
+        levels, width = max(map(len, self.sids)), min(self.num_beams, len(self.sids))
+        written = []
+        with evaluating(model):
+            decoder = self.decoder(model)
+            size = len(self.batches[0])
+            for start in range(0, len(rows), size):
+                prompts = [self.prompts[i] for i in rows[start : start + size]]
+                found = search_freely(decoder, prompts, width, levels=levels, end_id=self.end_id)
+                written += [[self.before_end(tokens) for tokens in beams] for beams in found.tolist()]
+        return written
+
+    def before_end(self, tokens: list[int]) -> tuple[int, ...]:
+        return tuple(tokens[: tokens.index(self.end_id)] if self.end_id in tokens else tokens)
+
+    def metrics(self, model: PreTrainedModel) -> dict[str, float]:
+        """HR@K and NDCG@K at SID level for the K that the beams allow."""
+        ranks = ranks_of(self.recommend(model).lists(), self.targets)
+        values = row_values(ranks, measurable(self.num_beams))
+        return {name: value for name, value in means(values).items() if not name.startswith("mrr")}
+
+    def own_batches(self, *, progress: bool) -> Iterator[np.ndarray]:
+        """This process's batches; rank 0 may show how far it is."""
+        from tqdm import tqdm
+
+        processes, process = place_among_processes()
+        own = self.batches[process::processes]
+        yield from tqdm(own, desc="Recommending", unit="batch", disable=not progress or process > 0)
+
+    def decoder(self, model: PreTrainedModel) -> Decoder:
+        if self.make_decoder is None:
+            self.make_decoder = self.choose_decoder(model)
+        return self.make_decoder(model)
+
+    def choose_decoder(self, model: PreTrainedModel) -> Callable[[PreTrainedModel], Decoder]:
+        """The fastest decoder with which two rows get the scores of the model's own forward; says where it is a slow one."""
+        import torch
+
+        from sid_sft.forward.architecture import why_not_exact
+        from sid_sft.recommend.beam_search import OwnForwardDecoder, WholeSequenceDecoder, build_trie, search
+
+        trie = build_trie(self.sequences, model.device)
+        two = [self.prompts[i] for i in self.batches[0][:2]]
+        expected = search(OwnForwardDecoder(model), trie, two, TRIAL_BEAMS).score
+        if not can_rank(expected):
+            raise InputError(not_finite(self.model_name, model))
+        tolerance = TRIAL_TOLERANCE if model.dtype in (torch.float32, torch.float64) else LOW_TOLERANCE
+        ways = (
+            ("Beams do not share a prompt's keys and values", self.shared_decoder, why_not_exact(model)),
+            ("Beams go through the model's own forward", WholeSequenceDecoder, ""),
+        )
+        for otherwise, make, reason in ways:
+            if not reason:
+                try:
+                    found = search(make(model), trie, two, TRIAL_BEAMS).score
+                    difference = float(((found - expected).abs() / expected.abs().clamp(min=1)).max())
+                    if difference <= tolerance:
+                        return make
+                    reason = f"scores differ by {difference:.0e}"
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # other people's code: what it does not take is a reason to go another way
+                    reason = f"{type(error).__name__}: {error_text(error)[:100]}"
+            logger.info(f"{otherwise} ({reason}); this is slow, the result is right")
+        return OwnForwardDecoder
+
+    def shared_decoder(self, model: PreTrainedModel) -> Decoder:
+        from sid_sft.recommend.beam_search import SharedPromptDecoder
+
+        return SharedPromptDecoder(model, self.template)
+
+
+def can_rank(score: torch.Tensor) -> bool:
+    """Whether the best scores (U, K) of every row are numbers; topk takes a NaN for the greatest, so it stands first."""
+    return bool(score[:, 0].isfinite().all())
+
+
+def not_finite(name: str, model: PreTrainedModel) -> str:
+    """What to tell of a model whose scores are NaN or infinite."""
+    broken = {weight: int((~values.isfinite()).sum()) for weight, values in model.named_parameters()}
+    broken = {weight: count for weight, count in broken.items() if count}
+    if not broken:
+        dtype = str(model.dtype).removeprefix("torch.")
+        return (
+            f"{name}: its weights are finite but overflow in {dtype}, so nothing can be ranked; take an earlier checkpoint"
+            + (", or save the model in float32" if dtype == "float16" else "")
+        )
+    first, *others = broken
+    more = f" (as do {len(others)} more weights)" if others else ""
+    return (
+        f"{name}: {first} holds {broken[first]:,} values that are NaN or infinite{more}, so nothing can be ranked; "
+        "take an earlier checkpoint, or train with a lower --learning_rate"
+    )
+
+
+def measurable(num_beams: int) -> tuple[int, ...]:
+    """The K for which so many recommendations tell HR@K."""
+    return tuple(k for k in KS if k <= num_beams)
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode and without gradients; afterwards in the mode it was in."""
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def place_among_processes() -> tuple[int, int]:
+    """How many processes work together, and which one this is."""
+    import torch.distributed as dist
+
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
+
+
+def sum_over_processes(*tensors: torch.Tensor) -> None:
+    import torch.distributed as dist
+
+    if place_among_processes()[0] > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def sampled(rows: list[Row], sample: int, seed: int) -> list[Row]:
+    """So many random rows, in their order; all where `sample` is no limit."""
+    if not 0 < sample < len(rows):
+        return rows
+    return [rows[i] for i in np.sort(np.random.default_rng(seed).choice(len(rows), sample, replace=False))]

@@ -1,0 +1,125 @@
+"""The tasks: what a row shows, what it asks for, and in which words."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from sid_sft.catalogue import Catalogue, Item
+from sid_sft.files import InputError, read_json
+from sid_sft.interactions import Row
+
+SEPARATOR = "\n"  # ends each item of a history; titles are single lines, so it never stands inside one
+
+
+class Task(NamedTuple):
+    """What one example shows and asks. `group` is the name that --tasks takes; `shows` and `answers` say in which form
+    items stand in the prompt and in the answer."""
+
+    name: str
+    group: str
+    rows: str  # "interactions", "items" or "preferences"
+    shows: str  # "sid" or "title"
+    answers: str  # "sid", "title" or "preference" (the user's preference, then the SID)
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("sid_sid", "sid_sid", "interactions", "sid", "sid"),
+        Task("item_sid_title", "item", "items", "sid", "title"),
+        Task("item_title_sid", "item", "items", "title", "sid"),
+        Task("sid_title", "sid_title", "interactions", "sid", "title"),
+        Task("title_title", "title_title", "interactions", "title", "title"),
+        Task("title_sid", "title_sid", "interactions", "title", "sid"),
+        Task("preference", "preference", "preferences", "sid", "preference"),
+        Task("preference_sid", "preference_sid", "preferences", "sid", "sid"),
+    )
+}
+TASK_GROUPS = tuple(dict.fromkeys(task.group for task in TASKS.values()))
+DEFAULT_TASKS = ("sid_sid", "item", "sid_title", "title_title", "title_sid")
+PROMPTS = {
+    "sid_sid": "Semantic IDs of the {category} products that one customer bought, oldest first, one per line:\n{history}",
+    "item_sid_title": "A product from a catalogue of {category} products.\nSemantic ID: {item}\nTitle:\n",
+    "item_title_sid": "A product from a catalogue of {category} products.\nTitle: {item}\nSemantic ID:\n",
+    "sid_title": "A customer bought the {category} products with these semantic IDs, oldest first, one per line. "
+    "The title of the next product follows them.\n{history}",
+    "title_title": "Titles of the {category} products that one customer bought, oldest first, one per line:\n{history}",
+    "title_sid": "A customer bought the {category} products with these titles, oldest first, one per line. "
+    "The semantic ID of the next product follows them.\n{history}",
+    "preference": "A customer bought the {category} products with these semantic IDs, oldest first, one per line. "
+    "What the customer is looking for follows them, then the semantic ID of the next product.\n{history}",
+    "preference_sid": "A customer looks for {category} products: {preference}\n"
+    "Semantic IDs of the products that this customer bought, oldest first, one per line:\n{history}",
+}
+CATEGORY_NAMES = {
+    "Industrial_and_Scientific": "industrial and scientific",
+    "Office_Products": "office",
+    "Toys_and_Games": "toy and game",
+    "Sports_and_Outdoors": "sports and outdoor",
+    "Video_Games": "video game",
+    "Musical_Instruments": "musical instrument",
+    "Arts_Crafts_and_Sewing": "arts, crafts and sewing",
+    "Books": "book",
+    "Beauty": "beauty",
+    "Yelp": "local business",
+}
+
+
+def category_name(category: str) -> str:
+    """The words for a category in a prompt: a readable name for a known one, free text as it stands otherwise."""
+    return CATEGORY_NAMES.get(category, category.replace("_", " ").strip()) or "shop"
+
+
+def read_prompts(path: Path | None, category: str) -> dict[str, str]:
+    """Task name -> template with the category filled in: the shipped wording, overridden by a JSON file's entries."""
+    templates = dict(PROMPTS)
+    if path is not None:
+        own = read_json(path, 'prompts like {"sid_sid": "Bought so far:\\n{history}"}')
+        if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
+            raise InputError(f"{path}: must map task names to templates, all strings")
+        if unknown := own.keys() - templates.keys():
+            raise InputError(f"{path}: unknown task {min(unknown)!r}; the tasks are {', '.join(TASKS)}")
+        templates.update(own)
+    templates = {name: text.replace("{category}", category_name(category)) for name, text in templates.items()}
+    for name, template in templates.items():
+        check_template(f"{path or 'prompts'}: {name!r}", template, TASKS[name])
+    return templates
+
+
+def check_template(where: str, template: str, task: Task) -> None:
+    """A template names each of its fields once, and a history stands last so that the next line is the answer."""
+    fields = ["{item}"] if task.rows == "items" else ["{history}"]
+    fields += ["{preference}"] if task.name == "preference_sid" else []
+    for field in fields:
+        if template.count(field) != 1:
+            raise InputError(f"{where} has {template.count(field)} {field}; expected one")
+    if task.rows != "items" and not template.endswith("{history}"):
+        raise InputError(f"{where} must end with {{history}}: what is constant comes first, the history last")
+    if unknown := set(re.findall(r"\{\w+\}", template)) - set(fields):
+        raise InputError(f"{where} has {min(unknown)}; expected only {', '.join(fields)} and {{category}}")
+
+
+def render(task: Task, row: Row, catalogue: Catalogue, prompts: dict[str, str]) -> tuple[str, str]:
+    """The prompt and the answer of an example as text; the answer's end token is added when it is encoded."""
+    target = catalogue.items[row.item]
+    sid = "".join(target.sid)
+    if task.rows == "items":
+        prompt = prompts[task.name].replace("{item}", target.title if task.shows == "title" else sid)
+    else:
+        lines = (history_line(catalogue.items[place], task.shows) for place in row.history)
+        prompt = prompt_head(task, row, prompts) + "".join(lines)
+    answer = {"sid": sid, "title": target.title, "preference": row.preference + SEPARATOR + sid}[task.answers]
+    return prompt, answer
+
+
+def prompt_head(task: Task, row: Row, prompts: dict[str, str]) -> str:
+    """The text before the history."""
+    return prompts[task.name].removesuffix("{history}").replace("{preference}", row.preference)
+
+
+def history_line(item: Item, shows: str) -> str:
+    """The line of a history that shows an item; none for an item that has no title to show."""
+    text = item.title if shows == "title" else "".join(item.sid)
+    return text + SEPARATOR if text else ""

@@ -1,0 +1,92 @@
+"""The flags as what the HF Trainer takes."""
+
+from __future__ import annotations
+
+import os
+import types
+from typing import TYPE_CHECKING
+
+from sid_sft.command_line import world_size
+from sid_sft.files import InputError, error_text
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+FULL_LEARNING_RATE = 3e-4
+
+
+def training_arguments(flags: types.SimpleNamespace) -> TrainingArguments:
+    """The flags as HF TrainingArguments. One batch of the Trainer is one optimizer step: the trainer cuts it itself."""
+    import torch
+    from transformers import TrainingArguments
+
+    if flags.wandb_project:
+        os.environ["WANDB_PROJECT"] = flags.wandb_project
+    evaluate = bool(flags.eval_file)
+    interval = {"eval_steps": whole(flags.eval_steps), "save_steps": whole(flags.save_steps)}
+    try:
+        return TrainingArguments(
+            output_dir=flags.output_dir,
+            num_train_epochs=flags.num_epochs,
+            max_steps=flags.max_steps,
+            per_device_train_batch_size=flags.batch_size // world_size(),
+            learning_rate=flags.learning_rate or FULL_LEARNING_RATE,
+            weight_decay=flags.weight_decay,
+            lr_scheduler_type=flags.lr_scheduler_type,
+            warmup_steps=flags.warmup_steps,
+            seed=flags.seed,
+            bf16=use_bf16(flags) and not flags.freeze_LLM,
+            use_cpu=not torch.accelerator.is_available(),
+            logging_steps=flags.logging_steps,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if evaluate else "no",
+            save_strategy="steps",
+            **interval,
+            save_total_limit=2,
+            load_best_model_at_end=evaluate,
+            metric_for_best_model=flags.metric_for_best_model if evaluate else None,
+            greater_is_better=flags.metric_for_best_model != "eval_loss" if evaluate else None,
+            report_to="wandb" if flags.wandb_project else flags.report_to,
+            run_name=flags.wandb_run_name or None,
+            remove_unused_columns=False,
+            average_tokens_across_devices=False,
+        )
+    except (ValueError, KeyError) as error:
+        raise InputError(f"sft.py: {error_text(error)}") from None
+
+
+def whole(steps: float) -> float | int:
+    """A count of steps as an int, a share of the run as it is."""
+    return int(steps) if steps >= 1 else steps
+
+
+def early_stopping(flags: types.SimpleNamespace, eval_data: Dataset | None) -> list:
+    from transformers import EarlyStoppingCallback
+
+    wanted = eval_data is not None and flags.early_stopping_patience > 0
+    return [EarlyStoppingCallback(flags.early_stopping_patience)] if wanted else []
+
+
+def resume_point(flags: types.SimpleNamespace) -> str | bool | None:
+    if not flags.resume_from_checkpoint:
+        return None
+    if flags.resume_from_checkpoint.lower() == "true":
+        return True
+    return flags.resume_from_checkpoint
+
+
+def compute_dtype(flags: types.SimpleNamespace, base_dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 for a frozen model where bf16 is on; otherwise float32 (a model that trains whole keeps float32 weights)."""
+    import torch
+
+    if base_dtype == torch.float64:
+        return base_dtype
+    return torch.bfloat16 if flags.freeze_LLM and use_bf16(flags) else torch.float32
+
+
+def use_bf16(flags: types.SimpleNamespace) -> bool:
+    import torch
+
+    return flags.bf16 if flags.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
