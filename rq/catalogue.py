@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rq.command_line import BadInput
+from rq.files import InputError
 
 TEXT_FIELDS = ("title", "brand", "categories", "description")
 
@@ -14,13 +14,13 @@ def check_ids(ids: Sequence[str], *, where: str) -> None:
     """Stop unless `ids` are the decimal strings 0..N-1 in any order: row i of the embeddings is item i."""
     for item in ids:
         if not (isinstance(item, str) and item.isascii() and item.isdigit() and str(int(item)) == item):
-            raise BadInput(
+            raise InputError(
                 f"{where}: item id {item!r} is not a decimal number without leading zeros; number the items 0..N-1"
             )
     numbers = set(map(int, ids))
     missing = next((number for number in range(len(numbers)) if number not in numbers), None)
     if missing is not None:
-        raise BadInput(
+        raise InputError(
             f"{where}: item ids have a gap: {missing} is missing of {len(numbers)} ids up to {max(numbers)}; "
             "number the items 0..N-1"
         )
@@ -31,9 +31,9 @@ def read_items(path: Path) -> list[dict]:
     try:
         items = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error}); expected {{'0': {{'title': ..}}, ..}}") from error
+        raise InputError(f"{path}: not JSON ({error}); expected {{'0': {{'title': ..}}, ..}}") from error
     if not isinstance(items, dict) or not items or not all(isinstance(item, dict) for item in items.values()):
-        raise BadInput(f"{path}: expected a JSON object of items, like {{'0': {{'title': ..}}, ..}}")
+        raise InputError(f"{path}: expected a JSON object of items, like {{'0': {{'title': ..}}, ..}}")
     check_ids(list(items), where=str(path))
     return [items[str(number)] for number in range(len(items))]
 

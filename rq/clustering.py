@@ -4,14 +4,17 @@ N rows, K centroids, D dimensions; cost_NK is the squared distance. A price per 
 turns nearest-centroid into balanced assignment: argmin over k of cost_NK + price_K.
 """
 
+import logging
 import math
 
 import faiss
 import numpy as np
 import torch
 
-from rq.command_line import BadInput, log
 from rq.embeddings import Embeddings
+from rq.files import InputError
+
+log = logging.getLogger("rq.clustering")
 
 # faiss's own rule: more rows per centroid than this move the centroids no further that matters, but cost time.
 TRAINING_ROWS_PER_CENTROID = 256
@@ -29,7 +32,7 @@ def training_sample(embeddings: Embeddings, levels: tuple[int, ...], *, seed: in
     when a level has more centroids than there are items, and at a row that is not finite.
     """
     if len(embeddings) < max(levels):
-        raise BadInput(
+        raise InputError(
             f"{embeddings.path} has {len(embeddings):,} items, fewer than the {max(levels):,} centroids of a level; "
             "give smaller --levels"
         )

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-Sid = tuple[int, ...]
-# Rows of the catalogue (R,) and their codes (R, L) -> cost (R, K) of every last-level code.
+from rq.index_file import Sid
+
+# (R,) items and their codes (R, L) -> (R, K): what it costs to give an item each code of the last level.
 LastLevelCosts = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 

@@ -4,11 +4,14 @@ as the run that numbered the items did.
 
 import argparse
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from rq.command_line import BadInput, log
+from rq.files import InputError
 from rq.tables import FIELD_NAMES
+
+log = logging.getLogger("rq.settings")
 
 SPLITS = ("global", "leave_one_out")
 COLUMNS = tuple(f"{field}_column" for field in FIELD_NAMES)
@@ -51,12 +54,12 @@ def read_settings(path: Path) -> dict[str, object] | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         wrong = next((name for name, good in _GOOD.items() if not good(kept[name])), None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(
+        raise InputError(
             f"{path}: not settings of rq.prepare ({type(error).__name__}: {error}); "
             "remove the file, and give the flags of the first run again"
         ) from error
     if wrong:
-        raise BadInput(f"{path}: {wrong} is {kept[wrong]!r}; mend it, or remove the file and give the flags again")
+        raise InputError(f"{path}: {wrong} is {kept[wrong]!r}; mend it, or remove the file and give the flags again")
     return kept
 
 

@@ -4,16 +4,19 @@ import ast
 import csv
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rq.command_line import BadInput, log
+from rq.files import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger("rq.tables")
 
 # What a field may be called in a user's own table, in Amazon Reviews 2014/2018 and in 2023; the first one present is
 # read. Case and blanks around a name do not matter.
@@ -65,12 +68,12 @@ def read_table(path: Path, fields: Sequence[str], *, names: dict[str, str | None
     for field in fields:
         at = _find(raw.columns, candidates[field], path=path)
         if at is None and field not in optional:
-            raise BadInput(_no_column(path, raw.columns, field, candidates[field]))
+            raise InputError(_no_column(path, raw.columns, field, candidates[field]))
         columns[field] = "" if at is None else raw.iloc[:, at]
         if at is not None:
             found[field] = str(raw.columns[at]).strip()
     if raw.empty:
-        raise BadInput(f"{path}: no row under the header; expected one row for each record")
+        raise InputError(f"{path}: no row under the header; expected one row for each record")
     told = ", ".join(f"{field} from {name}" for field, name in found.items())
     log.info("%s: %s rows, %s", path, f"{len(raw):,}", told)
     return Table(path, pd.DataFrame(columns, index=raw.index), found)
@@ -82,9 +85,9 @@ def _kind(path: Path) -> str:
     kind = name.removesuffix(".gz").rpartition(".")[2]
     expected = "expected .csv, .tsv, .json or .jsonl (one object a line), each also as .gz, or .parquet"
     if path.is_dir() and kind != "parquet":
-        raise BadInput(f"{path}: a folder; {expected}")
+        raise InputError(f"{path}: a folder; {expected}")
     if kind not in KINDS or name.endswith(".parquet.gz"):
-        raise BadInput(f"{path}: a file of kind .{name.rpartition('.')[2]}; {expected}; unpack or convert it first")
+        raise InputError(f"{path}: a file of kind .{name.rpartition('.')[2]}; {expected}; unpack or convert it first")
     return kind
 
 
@@ -100,9 +103,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}:{number}: not UTF-8 text ({_told(path, error)}); save the file as UTF-8") from error
+        raise InputError(f"{path}:{number}: not UTF-8 text ({_told(path, error)}); save the file as UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: broken gzip data after line {number} ({_told(path, error)}); fetch it anew") from error
+        raise InputError(f"{path}: broken gzip data after line {number} ({_told(path, error)}); fetch it anew") from error
 
 
 def _told(path: Path, error: Exception) -> str:
@@ -149,9 +152,9 @@ def _read_csv(path: Path) -> "pd.DataFrame":
     try:
         _, header = next(_csv_rows(path))
     except StopIteration:
-        raise BadInput(f"{path}: the file is empty; expected a header and rows") from None
+        raise InputError(f"{path}: the file is empty; expected a header and rows") from None
     except csv.Error as error:
-        raise BadInput(f"{path}: {error} in the header; expected names of columns") from error
+        raise InputError(f"{path}: {error} in the header; expected names of columns") from error
     compression = "gzip" if path.name.lower().endswith(".gz") else None
     try:
         with warnings.catch_warnings():
@@ -172,7 +175,7 @@ def _read_csv(path: Path) -> "pd.DataFrame":
         told = str(error).removeprefix("Error tokenizing data. C error: ").strip()
         if isinstance(error, pd.errors.ParserWarning):
             told = "the first row has more cells than the header"
-        raise BadInput(
+        raise InputError(
             f"{path}: {told}; expected {len(header)} cells in each row; put a cell that holds the separator in quotes"
         ) from error
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile):
@@ -193,7 +196,7 @@ def _read_parquet(path: Path) -> "pd.DataFrame":
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise BadInput(f"{path}: not a Parquet file that can be read ({error}); write or fetch it anew") from error
+        raise InputError(f"{path}: not a Parquet file that can be read ({error}); write or fetch it anew") from error
 
 
 def _read_json_lines(path: Path, wanted: set[str]) -> Iterator[dict]:
@@ -205,13 +208,13 @@ def _read_json_lines(path: Path, wanted: set[str]) -> Iterator[dict]:
         except (ValueError, RecursionError):
             record = _python_literal(line)  # the 2014 metadata are Python dicts
         if not isinstance(record, dict):
-            raise BadInput(f"{path}:{number}: expected one JSON object a line, came {line.strip()[:60]!r}")
+            raise InputError(f"{path}:{number}: expected one JSON object a line, came {line.strip()[:60]!r}")
         kept = {name: value for name, value in record.items() if _plain_name(name) in wanted}
         if "\\u" in line:
             try:
                 json.dumps(kept, ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError as error:
-                raise BadInput(f"{path}:{number}: half a character ({error.reason}); mend or remove that text") from error
+                raise InputError(f"{path}:{number}: half a character ({error.reason}); mend or remove that text") from error
         yield kept
 
 
@@ -232,7 +235,7 @@ def _find(columns: "pd.Index", candidates: Sequence[str], *, path: Path) -> int 
         for candidate in candidates:
             at = [position for position, name in enumerate(columns) if spelled(name) == spelled(candidate)]
             if len(at) > 1:
-                raise BadInput(f"{path}: {len(at)} columns are called {candidate!r}; rename or remove all but one")
+                raise InputError(f"{path}: {len(at)} columns are called {candidate!r}; rename or remove all but one")
             if at:
                 return at[0]
     return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, NoReturn
 
-from rq.command_line import BadInput
+from rq.files import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +123,7 @@ def _text(cell: object) -> str:
 def _contradict(column: Column, kinds: dict[str, int]) -> NoReturn:
     """Refuse a column whose rows are of two kinds, {kind in words: a row}."""
     (one, row), (other, other_row) = list(kinds.items())[:2]
-    raise BadInput(
+    raise InputError(
         f"column {column.name!r} holds two kinds of timestamps: {column.shown(row)} ({one}) and "
         f"{column.shown(other_row)} ({other}); write all rows in one way, or empty the cells that cannot be mended"
     )
@@ -131,13 +131,13 @@ def _contradict(column: Column, kinds: dict[str, int]) -> NoReturn:
 
 def _refuse_if_not_understood(column: Column, *, unreadable: "pd.Series", present: "pd.Series") -> None:
     if not present.any():
-        raise BadInput(
+        raise InputError(
             f"column {column.name!r}: every cell is empty, the first at {column.place(present.index[0])}; {EXPECTED}; "
             "name another column by --time_column"
         )
     count = int(unreadable.sum())
     if count > MOST_UNREADABLE * int(present.sum()):
-        raise BadInput(
+        raise InputError(
             f"{column.shown(unreadable.idxmax())} in column {column.name!r} cannot be read as a time, one such cell "
             f"of {count:,} among {int(present.sum()):,}; {EXPECTED}; mend the cells, or name another column by --time_column"
         )
@@ -180,7 +180,7 @@ def _refuse_rounded(column: Column, texts: "pd.Series") -> None:
         step = 10.0 ** min(int(power) - len(digits.partition(".")[2]), 300)
         finest_s = min(finest_s, step / UNITS[_unit(float(text))])
     if len(short) and finest_s > COARSEST_S:
-        raise BadInput(
+        raise InputError(
             f"{column.shown(short.index[0])} in column {column.name!r} was rounded, as a spreadsheet does; write all digits"
         )
 
@@ -233,7 +233,7 @@ def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, int | No
             continue
         name, match = found
         if len(match["year"]) == 2:
-            raise BadInput(f"{column.shown(row)} in column {column.name!r} has a year of two digits; write four")
+            raise InputError(f"{column.shown(row)} in column {column.name!r} has a year of two digits; write four")
         if name == "numbers":
             numbered[text] = row
             name = f"numbers with {match['sep']!r}"
@@ -275,14 +275,14 @@ def _day_is_first(column: Column, numbered: dict[str, int], *, dayfirst: bool | 
         _contradict(column, rows)
     if dayfirst is None:
         if not rows and open_row is not None:
-            raise BadInput(
+            raise InputError(
                 f"{column.shown(open_row)} in column {column.name!r}: day or month first? No row decides it; "
                 "give --dayfirst True or --dayfirst False"
             )
         return "day first" in rows
     if rows and ("day first" in rows) != dayfirst:
         (kind, row), *_ = rows.items()
-        raise BadInput(
+        raise InputError(
             f"--dayfirst {dayfirst}, but {column.shown(row)} in column {column.name!r} has the {kind}; leave --dayfirst out"
         )
     return dayfirst
