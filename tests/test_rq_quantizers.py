@@ -435,7 +435,7 @@ def test_two_processes_train_one_quantizer(data_path, tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(read_sids(output)) == 1500
-    assert result.stdout.count("before training") == 1
+    assert result.stderr.count("before training") == 1
     assert "best (error)" in result.stdout
 
 
