@@ -436,7 +436,7 @@ def test_two_processes_train_one_quantizer(data_path, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(read_sids(output)) == 1500
     assert result.stderr.count("before training") == 1
-    assert "best (error)" in result.stdout
+    assert "best (error)" in result.stderr
 
 
 def test_the_loss_of_rqvae_is_in_input_space(clustered):
