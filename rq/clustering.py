@@ -1,5 +1,10 @@
 """One level of clusters: k-means by faiss, and k-means whose clusters are of about equal size.
 
+    centroids_KD = kmeans(x_ND, 256, seed=42)
+    labels_N = nearest(x_ND, centroids_KD)                  # faiss k-means: the nearest centroid
+    centroids_KD, prices_K = balanced_kmeans(x_ND, 256, slack=0.2, seed=42, epsilon=0.02)
+    labels_N = nearest(x_ND, centroids_KD, prices_K)        # each centroid gets about N / 256 rows
+
 N rows, K centroids, D dimensions; cost_NK is the squared distance. A price per centroid
 turns nearest-centroid into balanced assignment: argmin over k of cost_NK + price_K.
 """

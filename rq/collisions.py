@@ -1,4 +1,9 @@
-"""Items with equal codes, told apart: by an extra code, by moving the last level, or not at all.
+"""Items with equal codes: made distinct by an extra code or by another last code, or kept as they are.
+
+    codes [[1, 2], [3, 4], [1, 2]]
+    add_a_code  -> [(1, 2, 0), (3, 4), (1, 2, 1)]
+    relocate    -> [(1, 2), (3, 4), (1, 7)], where 7 is the nearest free code for the third item
+    keep        -> [(1, 2), (3, 4), (1, 2)]
 
 N items, L levels, K codes of the last level, R rows of a group. A SID is a tuple of codes, L of them or L + 1.
 """

@@ -146,7 +146,7 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse; a flag that does not exist is told before one that is missing, which may be the same one mistyped."""
+        """Parse; an unknown flag is named before a missing one, of which it may be a misspelling."""
         args = sys.argv[1:] if args is None else args
         for flag in (argument.split("=")[0] for argument in args if argument.startswith("--")):
             if flag not in self._option_string_actions:
@@ -222,7 +222,7 @@ def show(text: str) -> None:
 
 
 def command(name: str) -> Callable[[Callable[[list[str] | None], None]], Callable[..., None]]:
-    """Decorate `main(argv)`: a plain log, time and peak memory in its last line, and the exit codes told at the head."""
+    """Decorate `main(argv)`: a plain log, time and peak memory in its last line, and the exit codes named above."""
 
     def decorate(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
         @functools.wraps(main)

@@ -1,6 +1,9 @@
 """Embeddings on disk, (N items, D dimensions) in one .npy, worked in chunks so that memory does not grow with N.
 
-N items, R rows of one chunk, D dimensions.
+    embeddings = open_embeddings(Path("E.npy"))
+    for start, chunk_RD in embeddings.chunks():    # rows start, start + 1, .., as a float32 copy
+
+N items, R rows of one chunk, S sampled rows, D dimensions.
 """
 
 import zipfile

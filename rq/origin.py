@@ -1,6 +1,9 @@
 """Where embeddings come from: a small record beside X.npy, X.encoder.json, which quantizers copy into their checkpoints.
 
-Embeddings of two encoders can have the same width; codebooks of one give the other SIDs that mean nothing.
+    X.encoder.json  {"origin": {"encoder": "E.tfidf", "encoder_sha256": "3f2a90c1..", "pooling": "", ..}, "texts_sha256": ..}
+
+Embeddings of two encoders can have the same width, but the codebooks fitted to one encoder give meaningless SIDs to rows of
+another, so `check_fit` refuses the pair.
 """
 
 import hashlib
@@ -33,8 +36,8 @@ class Origin:
     normalize: bool
     fields: str
 
-    def told(self) -> str:
-        """In words: 'Qwen3-0.6B (3f2a90c1), last pooling, 512 tokens, title,brand'."""
+    def in_words(self) -> str:
+        """For messages: 'Qwen3-0.6B (3f2a90c1), last pooling, 512 tokens, title,brand'."""
         parts = [f"{self.encoder} ({self.encoder_sha256[:8]})"]
         parts += [f"{self.pooling} pooling"] if self.pooling else []
         parts += [f"{self.max_len} tokens"] if self.max_len else []
@@ -127,7 +130,7 @@ def read_record(npy: Path, rows_ND: "np.ndarray") -> Record | None:
 
 
 def check_fit(trained: Origin | None, given: Origin | None, *, checkpoint: Path, npy: Path) -> bool:
-    """Refuse embeddings of another encoder than the codebooks are of; False where that cannot be told."""
+    """InputError where embeddings and codebooks are of two encoders; False where one of them has no record."""
     if trained is None or given is None:
         log.warning(
             "%s does not say which encoder it is of: it cannot be checked that %s and %s belong together",
@@ -138,7 +141,7 @@ def check_fit(trained: Origin | None, given: Origin | None, *, checkpoint: Path,
         return False
     if not trained.fits(given):
         raise InputError(
-            f"{checkpoint} is of {trained.told()}; {npy} is of {given.told()}; embed with the encoder and the flags of the "
-            f"checkpoint, or train on these embeddings (or, to use them all the same, remove {record_file(npy)})"
+            f"{checkpoint} is of {trained.in_words()}; {npy} is of {given.in_words()}; embed with the encoder and the flags "
+            f"of the checkpoint, or train on these embeddings (or, to use them all the same, remove {record_file(npy)})"
         )
     return True

@@ -91,9 +91,9 @@ def filter_interactions(table: Table, *, known_items: Iterable[str], k_core: int
     import pandas as pd
 
     rows = table.rows
-    column = Column(table.names["time"], rows.time, table.place)
+    column = Column(table.names["time"], rows.time, table.where)
     times = read_times(column, dayfirst=dayfirst)
-    log.info("%s: %s read as %s", table.path, column.name, times.told)
+    log.info("%s: %s read as %s", table.path, column.name, times.in_words)
 
     dropped: dict[str, int] = {}
 
@@ -126,7 +126,10 @@ def filter_interactions(table: Table, *, known_items: Iterable[str], k_core: int
 
 
 def windows(rows: "pd.DataFrame", number_of: dict[str, int], *, max_history: int) -> list[list[Window]]:
-    """For each user, in order of time, one window for every row but the first."""
+    """For each user, in order of time, one window for every row but the first.
+
+    u bought items 0, 1 and 2 -> [[Window("u", (0,), 1, time), Window("u", (0, 1), 2, time)]]
+    """
     users: dict[str, list[tuple[int, float]]] = {}
     for user, item, time in zip(rows.user, rows.item, rows.time, strict=True):
         users.setdefault(user, []).append((number_of[item], time))
@@ -160,7 +163,10 @@ def split_windows(by_user: list[list[Window]], *, split: str) -> dict[str, list[
 
 
 def csv_row(window: Window, titles: Sequence[str], sids: Sequence[str]) -> list[object]:
-    """The cells of a window in the order of CSV_COLUMNS; the three history lists come from one list of ids."""
+    """The cells of a window in the order of CSV_COLUMNS; the three history lists come from one list of ids.
+
+    Window("u", (0, 1), 2, time) -> ["u", "['Pan', 'Tab']", "Bin", "[0, 1]", 2, "['<a_0><b_0>', '<a_1><b_0>']", "<a_2><b_0>"]
+    """
     history = list(window.history)
     return [
         window.user,
@@ -188,7 +194,7 @@ def read_numbers(ids_file: Path) -> dict[str, int]:
 
 
 def check_same_items(items: Sequence[dict], item_file: Path, numbers: dict[str, int], ids_file: Path) -> None:
-    """Stop unless the item file and the table of ids are of one run."""
+    """InputError unless the item file and the table of ids have equally many items, as those of one run have."""
     if len(items) != len(numbers):
         raise InputError(
             f"{item_file} has {len(items):,} items, {ids_file} {len(numbers):,}: the two are not of one run; "
@@ -251,9 +257,9 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings
     index = read_sids(flags.index)
     if list(index) != list(range(len(titles))):
         missing = next((item for item in range(len(titles)) if item not in index), None)
-        told = f"item {missing} has no SID" if missing is not None else f"it has {len(index):,} items"
+        fault = f"item {missing} has no SID" if missing is not None else f"it has {len(index):,} items"
         raise InputError(
-            f"{flags.index}: {told}, {item_file} has {len(titles):,} items; bring the index up with "
+            f"{flags.index}: {fault}, {item_file} has {len(titles):,} items; bring the index up with "
             f"rq.generate_indices --append"
         )
     sids = ["".join(sid_tokens(codes)) for codes in index.values()]
@@ -357,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = filter_interactions(interactions, known_items=items, k_core=flags.k_core, dayfirst=flags.dayfirst)
     kept_settings = settings.to_keep(flags, remembered, rows_kept=len(rows))
     if flags.index:
-        settings.tell_other_rows(flags, remembered, rows_kept=len(rows))
+        settings.log_other_rows(flags, remembered, rows_kept=len(rows))
         write_csvs(flags, rows, kept_settings=kept_settings)
     else:
         write_items(flags, rows, items, kept_settings=kept_settings)

@@ -170,7 +170,7 @@ def reconstruction_error(
 
 
 def check_explains(quantizer: "Quantizer", embeddings: "Embeddings", codes_NL: "np.ndarray", *, checkpoint: Path) -> None:
-    """Refuse codebooks that tell little of the embeddings: they are of another encoder, whatever their width.
+    """InputError where codebooks explain little of the embeddings: they are of another encoder, whatever their width.
 
     Its first level explains some of the variance, at most what the means of the items of each code would. Codebooks of
     the Industrial items reach 100 % of that on these items, 87 % on mixtures of them, and 0 % on another TF-IDF of them.

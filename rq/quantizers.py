@@ -1,6 +1,11 @@
 """The one quantizer behind all five methods: encoder -> residual codebooks -> decoder, and its checkpoint.
 
 The k-means family has the identity for encoder and decoder; RQ-VAE and RQ-KMeans+ put networks there.
+
+    quantizer = load_checkpoint(Path("Shop.rqkmeans"))
+    codes_NL = quantizer.codes(x_ND)          # [[12, 3, 255], [7, 0, 31]]: item 0 is nearest to codeword 12 of level 1, ..
+    quantizer.reconstruction(codes_NL)        # (N, D): the sums of the codewords, decoded
+
 N items, R rows of a chunk, L levels, K centroids of a level, D input dimensions, Z latent dimensions, B beams.
 """
 
@@ -300,7 +305,7 @@ def choose_device(name: str) -> str:
 
 
 def is_of_these(quantizer: Quantizer, embeddings: Embeddings, *, checkpoint: Path) -> bool:
-    """Refuse embeddings of another encoder than the quantizer's; False where that cannot be told."""
+    """InputError where embeddings and quantizer are of two encoders; False where one of them has no record."""
     return check_fit(quantizer.design.origin, embeddings.origin, checkpoint=checkpoint, npy=embeddings.path)
 
 

@@ -114,7 +114,7 @@ def describe(name: str, index: dict[int, Sid], *, sizes: tuple[int, ...] | None)
 
 
 def full_depth(index: dict[int, Sid]) -> int:
-    """Levels that every item has; one more on some items only tells collisions apart."""
+    """How many levels every item has: 3 where some SIDs have a fourth, collision-breaking token."""
     return min(map(len, index.values()))
 
 

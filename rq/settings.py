@@ -1,5 +1,6 @@
-"""What rq.prepare was told, kept beside its outputs in NAME.prepare.json, so that the run with --index reads the tables
-as the run that numbered the items did.
+"""The flags of rq.prepare, kept beside its outputs, so that the run with --index reads the tables as the run before did.
+
+NAME.prepare.json  {"user_column": null, .., "k_core": 5, "split": null, .., "interactions": "orders.csv", "rows_kept": 81}
 """
 
 import argparse
@@ -69,8 +70,8 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
     One line says what was taken over, and one for each flag what it does that it differs from the value remembered.
     """
     anew = not (flags.index or flags.append)
-    told = {name: value for name, value in (remembered or {}).items() if value is not None}
-    before = {**DEFAULTS, **told}
+    given_before = {name: value for name, value in (remembered or {}).items() if value is not None}
+    before = {**DEFAULTS, **given_before}
     taken = []
     for name, default in DEFAULTS.items():
         if getattr(flags, name) is None:
@@ -78,7 +79,7 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
             if not anew and before[name] != default:
                 taken.append(f"--{name} {before[name]}")
         value = getattr(flags, name)
-        open_before = name in OF_THE_CSVS and (anew or name not in told)
+        open_before = name in OF_THE_CSVS and (anew or name not in given_before)
         if remembered and value != before[name] and not open_before:
             log.warning("--%s is %s, in the run before it was %s: %s", name, value, before[name], EFFECTS[name])
     if taken:
@@ -101,7 +102,7 @@ def to_keep(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
     return json.dumps(used, indent=1, ensure_ascii=False) + "\n"
 
 
-def tell_other_rows(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> None:
+def log_other_rows(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> None:
     """One line where this run keeps other rows than the run that numbered the items."""
     now = {"interactions": flags.interactions.name, "rows_kept": rows_kept}
     if remembered and any(remembered[name] != value for name, value in now.items()):

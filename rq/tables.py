@@ -1,4 +1,10 @@
-"""A user's own tables: CSV, Parquet and JSON lines, the columns found by the names that such files have."""
+"""A user's own tables: CSV, Parquet and JSON lines, the columns found by the names that such files have.
+
+orders.csv  reviewerID,asin,unixReviewTime
+            A53,B00X,1465862400
+read_table(Path("orders.csv"), ("user", "item", "time"), names={})
+    -> Table(rows: columns user, item, time; names: {"user": "reviewerID", "item": "asin", "time": "unixReviewTime"})
+"""
 
 import ast
 import csv
@@ -42,7 +48,7 @@ class Table:
     rows: "pd.DataFrame"
     names: dict[str, str]  # field -> what the file calls it
 
-    def place(self, row: int) -> str:
+    def where(self, row: int) -> str:
         """Where a row stands in the file: 7 -> 'orders.csv:9'. Reads the file again: for messages only."""
         try:
             return f"{self.path}:{_line_of_row(self.path, row)}"
@@ -74,8 +80,8 @@ def read_table(path: Path, fields: Sequence[str], *, names: dict[str, str | None
             found[field] = str(raw.columns[at]).strip()
     if raw.empty:
         raise InputError(f"{path}: no row under the header; expected one row for each record")
-    told = ", ".join(f"{field} from {name}" for field, name in found.items())
-    log.info("%s: %s rows, %s", path, f"{len(raw):,}", told)
+    found_as = ", ".join(f"{field} from {name}" for field, name in found.items())
+    log.info("%s: %s rows, %s", path, f"{len(raw):,}", found_as)
     return Table(path, pd.DataFrame(columns, index=raw.index), found)
 
 
@@ -103,13 +109,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text ({_told(path, error)}); save the file as UTF-8") from error
+        raise InputError(f"{path}:{number}: not UTF-8 text ({_explained(path, error)}); save the file as UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: broken gzip data after line {number} ({_told(path, error)}); fetch it anew") from error
+        raise InputError(
+            f"{path}: broken gzip data after line {number} ({_explained(path, error)}); fetch it anew"
+        ) from error
 
 
-def _told(path: Path, error: Exception) -> str:
-    """The error, and what the file is in truth where its first bytes tell."""
+def _explained(path: Path, error: Exception) -> str:
+    """The error, and the kind of file that its first bytes show: "invalid start byte; its first bytes are those of gzip"."""
     with open(path, "rb") as file:
         start = file.read(4)
     really = next((kind for magic, kind in FIRST_BYTES.items() if start.startswith(magic)), None)
@@ -172,11 +180,11 @@ def _read_csv(path: Path) -> "pd.DataFrame":
                 compression=compression,
             )
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        told = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        fault = str(error).removeprefix("Error tokenizing data. C error: ").strip()
         if isinstance(error, pd.errors.ParserWarning):
-            told = "the first row has more cells than the header"
+            fault = "the first row has more cells than the header"
         raise InputError(
-            f"{path}: {told}; expected {len(header)} cells in each row; put a cell that holds the separator in quotes"
+            f"{path}: {fault}; expected {len(header)} cells in each row; put a cell that holds the separator in quotes"
         ) from error
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile):
         for _ in _lines(path):  # names the line

@@ -60,24 +60,24 @@ _FORMATS = [
 
 @dataclass(frozen=True)
 class Column:
-    """A column of timestamps as it came, and how to say where a row stands: 7 -> 'orders.csv:9'."""
+    """A column of timestamps as read from a file, and where a row stands in it: where(7) -> 'orders.csv:9'."""
 
     name: str
     cells: "pd.Series"
-    place: Callable[[int], str]
+    where: Callable[[int], str]
 
     def shown(self, row: int) -> str:
-        """One cell with its place, for a message."""
-        return f"{self.place(row)}: {str(self.cells[row])[:60]!r}"
+        """A cell and where it stands, for a message: "orders.csv:9: 'soon'"."""
+        return f"{self.where(row)}: {str(self.cells[row])[:60]!r}"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Numbers that grow with time, <NA> where a cell is empty or unreadable, and the reading in words."""
+    """Numbers that grow with time, <NA> for a cell that is empty or unreadable; `in_words`: "dates with the day first"."""
 
     order: "pd.Series"
     empty: "pd.Series"
-    told: str
+    in_words: str
 
 
 def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
@@ -91,9 +91,9 @@ def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
     cells = column.cells
     empty = cells.isna()
     if cells.dtype.kind == "M":
-        order, told = _moments(cells[~empty])
+        order, reading = _moments(cells[~empty])
     elif cells.dtype.kind in "iuf":
-        order, told = _numbers(column, cells[~empty])
+        order, reading = _numbers(column, cells[~empty])
     else:
         text = cells.astype(object).map(_text).astype("str")
         empty = text.isin(MISSING)
@@ -106,12 +106,12 @@ def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
             _contradict(column, formats)
         if numeric.any():
             _refuse_rounded(column, present[numeric])
-            order, told = _numbers(column, pd.to_numeric(present[numeric]))
+            order, reading = _numbers(column, pd.to_numeric(present[numeric]))
         else:
-            order, told = _dates(column, present, moments, numbered, dayfirst=dayfirst)
+            order, reading = _dates(column, present, moments, numbered, dayfirst=dayfirst)
     order = order.reindex(cells.index)
     _refuse_if_not_understood(column, unreadable=order.isna() & ~empty, present=~empty)
-    return Reading(order, empty, told)
+    return Reading(order, empty, reading)
 
 
 def _text(cell: object) -> str:
@@ -132,7 +132,7 @@ def _contradict(column: Column, kinds: dict[str, int]) -> NoReturn:
 def _refuse_if_not_understood(column: Column, *, unreadable: "pd.Series", present: "pd.Series") -> None:
     if not present.any():
         raise InputError(
-            f"column {column.name!r}: every cell is empty, the first at {column.place(present.index[0])}; {EXPECTED}; "
+            f"column {column.name!r}: every cell is empty, the first at {column.where(present.index[0])}; {EXPECTED}; "
             "name another column by --time_column"
         )
     count = int(unreadable.sum())
@@ -250,12 +250,12 @@ def _dates(
     column: Column, texts: "pd.Series", moments: dict[str, int | None], numbered: dict[str, int], *, dayfirst: bool | None
 ) -> tuple["pd.Series", str]:
     """Dates of one format."""
-    told = "dates whose order of day and month is plain"
+    reading = "dates whose order of day and month is plain"
     if numbered:
         dayfirst = _day_is_first(column, numbered, dayfirst=dayfirst)
         moments = {text: _nanoseconds(_match(text)[1].groupdict(), dayfirst=dayfirst) for text in numbered}
-        told = "dates with the day first" if dayfirst else "dates with the month first"
-    return texts.map(moments).astype("Int64"), told
+        reading = "dates with the day first" if dayfirst else "dates with the month first"
+    return texts.map(moments).astype("Int64"), reading
 
 
 def _day_is_first(column: Column, numbered: dict[str, int], *, dayfirst: bool | None) -> bool:
