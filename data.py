@@ -180,11 +180,8 @@ class SFTDataset:
     def source(self, file: str | Path | None) -> Source:
         """The file as what the task reads: a CSV of interactions, a preference file, or nothing beside the catalogue."""
         (kind,) = {task.rows for task in TASKS.values() if task.group == self.tasks}
-        if kind == "items":
-            return Source()
-        if file is None:
-            raise InputError(f"{type(self).__name__}: needs the file of its {kind}")
-        return Source(interactions=Path(file)) if kind == "interactions" else Source(preferences=Path(file))
+        path = Path(file) if file else None
+        return {"items": Source(), "interactions": Source(path), "preferences": Source(None, path)}[kind]
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -55,8 +55,7 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """An open file that becomes `path` if the block ends well: bytes for mode "wb", else UTF-8, newlines as written."""
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    with whole_path(path) as temporary, open(temporary, mode, **text) as file:
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """An open text file, UTF-8, newlines as written, that becomes `path` if the block ends well."""
+    with whole_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         yield file

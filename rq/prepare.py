@@ -193,7 +193,7 @@ def read_numbers(ids_file: Path) -> dict[str, int]:
     return numbers
 
 
-def check_same_items(items: Sequence[dict], item_file: Path, numbers: dict[str, int], ids_file: Path) -> None:
+def check_same_items(items: Sequence[object], item_file: Path, numbers: dict[str, int], ids_file: Path) -> None:
     """InputError unless the item file and the table of ids have equally many items, as those of one run have."""
     if len(items) != len(numbers):
         raise InputError(

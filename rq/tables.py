@@ -60,7 +60,7 @@ def read_table(path: Path, fields: Sequence[str], *, names: dict[str, str | None
     """The columns `fields` of a CSV, Parquet or JSON-lines file (.gz too); `names` has the columns given by flags."""
     import pandas as pd
 
-    candidates = {field: (names[field],) if names.get(field) else FIELD_NAMES[field] for field in fields}
+    candidates = {field: (given,) if (given := names.get(field)) else FIELD_NAMES[field] for field in fields}
     kind = _kind(path)
     if kind in ("csv", "tsv"):
         raw = _read_csv(path)
@@ -97,7 +97,7 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 

@@ -99,7 +99,7 @@ def write_dataset(
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
-def sample_of(count: int, sample: int, seed: int, task: Task) -> Sequence[int]:
+def sample_of(count: int, sample: int, seed: int, task: Task) -> Sequence[int] | np.ndarray:
     """The positions, ascending, of the rows that a task uses: all, or `sample` random ones drawn by seed and task alone."""
     if not 0 < sample < count:
         return range(count)
@@ -153,9 +153,12 @@ def rows_of(
     """The rows that tasks of one kind make examples of: "items" -> Row("", (), 0), Row("", (), 1), ... of the catalogue."""
     if kind == "items":
         return (Row("", (), item) for item in range(len(catalogue.items)))
+    path = source.interactions if kind == "interactions" else source.preferences
+    if path is None:
+        raise InputError(f"no file of {kind} is given; the tasks over {kind} need one")
     if kind == "interactions":
-        return read_rows(source.interactions, catalogue, note, max_left_out=max_left_out)
-    return read_preferences(source.preferences, catalogue, source.split, note, max_left_out=max_left_out)
+        return read_rows(path, catalogue, note, max_left_out=max_left_out)
+    return read_preferences(path, catalogue, source.split, note, max_left_out=max_left_out)
 
 
 def write_rows(path: Path, rows: Iterable[Row], users: dict[str, int]) -> Dataset:

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sid_sft.catalogue import Catalogue
 from sid_sft.files import InputError, content_hash
@@ -66,7 +66,7 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.catalogue, self.prompts, self.cutoff_len = tokenizer, catalogue, prompts, cutoff_len
         tokens = sorted({token for item in catalogue.items for token in item.sid})
-        ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
+        ids = dict(zip(tokens, cast(list[int], tokenizer.convert_tokens_to_ids(tokens)), strict=True))
         self.sid_token_ids = frozenset(ids.values())
         self.sids = [[ids[token] for token in item.sid] for item in catalogue.items]
         self.prefix, self.suffix = added_around(tokenizer)

@@ -226,11 +226,12 @@ def read_preferences(
         except ValueError as error:
             raise InputError(f"{path}: entry {number} {error}") from None
         total += 1
-        if None in found or len(found) < 2 or not isinstance(preference, str) or not preference.strip():
+        known = [position for position in found if position is not None]
+        if len(known) < max(len(found), 2) or not isinstance(preference, str) or not preference.strip():
             first = first if unknown else number
             unknown += 1
             continue
-        yield Row(user, tuple(found[:-1]), found[-1], one_line(preference))
+        yield Row(user, tuple(known[:-1]), known[-1], one_line(preference))
     if unknown == total:
         raise InputError(f"{path}: no entry of split {split!r} has known items and a preference; expected {expected}")
     reason = "unknown item, no history or no preference"

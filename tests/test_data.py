@@ -1155,14 +1155,11 @@ def test_a_public_dataset_refuses_and_allows_lost_rows_as_build_dataset_does(fol
 
 
 def test_a_public_dataset_names_what_it_lacks(folder):
-    index = folder / "toy.index.json"
-    assert "needs a tokenizer" in one_error(lambda: data.SidSFTDataset(folder / "toy.csv", index_file=index))
-    assert "needs the file of its interactions" in one_error(
-        lambda: data.SidSFTDataset(None, toy.byte_level(), index_file=index)
-    )
-    assert "needs the file of its preferences" in one_error(
-        lambda: data.PreferenceSFTDataset(None, toy.byte_level(), index_file=index)
-    )
+    assert "needs a tokenizer" in one_error(lambda: public(folder, "SidSFTDataset", None))
+    files = {"index_file": folder / "toy.index.json", "cache_dir": folder / "cache"}
+    for name, kind in (("SidSFTDataset", "interactions"), ("PreferenceSFTDataset", "preferences")):
+        fault = one_error(lambda name=name: getattr(data, name)(None, toy.byte_level(), **files))
+        assert fault == f"no file of {kind} is given; the tasks over {kind} need one"
 
 
 def test_a_public_dataset_has_an_end(folder):
