@@ -7,7 +7,7 @@
     source = Source(Path("X.train.csv"))
     dataset = build_dataset(source, ["sid_sid"], catalogue=catalogue, prompts=prompts, tokenizer=tokenizer, ...)  # ids
 
-The same four steps as modules, each of which imports only those above it:
+The steps as modules, each of which imports only modules above it:
 
     sid_sft/files.py           reading and writing
     sid_sft/catalogue.py       the items: index and item file
@@ -17,14 +17,14 @@ The same four steps as modules, each of which imports only those above it:
     sid_sft/dataset_cache.py   the dataset on disk
 
 No step up to `render` needs a tokenizer. A prompt over a history begins with the text that is the same for all rows and
-ends with the history, one item a line, oldest first:
+ends with the history, one item a line, oldest first; the answer is the next line:
 
     Semantic IDs of the Toys products that one customer bought, oldest first, one per line:
     <a_1><b_2><c_3>
     <a_4><b_5><c_6>
-    <a_7><b_8><c_9>       <- the answer: the model writes this SID and the end token
+    <a_7><b_8><c_9>       <- the answer, which the model writes, and then the end token
 
-The next line is the answer, and the prompt for a user's earlier purchase is a token prefix of the prompt for a later one.
+The prompt for a user's earlier purchase is therefore a token prefix of the prompt for a later purchase.
 """
 
 from __future__ import annotations

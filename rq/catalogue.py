@@ -1,8 +1,10 @@
 """The items of `.item.json`: their ids, and the text by which an item is embedded.
 
-{"0": {"title": "Saw", "description": "['Cuts  well.']"}, ...}
-read_items(path)[0]             -> {"title": "Saw", "description": "['Cuts  well.']"}
-item_text(read_items(path)[0])  -> "Saw Cuts well."
+    {"0": {"title": "Saw", "description": "['Cuts  well.']"}, ...}
+    read_items(path)[0]             -> {"title": "Saw", "description": "['Cuts  well.']"}
+    item_text(read_items(path)[0])  -> "Saw Cuts well."
+
+Item ids are 0..N-1: row i of the embeddings is item i.
 """
 
 import ast

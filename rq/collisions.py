@@ -84,11 +84,11 @@ def relocate(
                 free_K[code] -= 1
             else:
                 displaced.append(at)
-        displaced = np.sort(np.array(displaced, np.int64))
-        slots = np.repeat(np.arange(n_last), free_K)
-        who, where = linear_sum_assignment(cost_RK[np.ix_(displaced, slots)])
-        moved_NL[rows_R[displaced[who]], -1] = slots[where]
-        unplaced += len(displaced) - len(who)
+        displaced_rows = np.sort(np.array(displaced, np.int64))
+        free_codes = np.repeat(np.arange(n_last), free_K)
+        which, slot = linear_sum_assignment(cost_RK[np.ix_(displaced_rows, free_codes)])
+        moved_NL[rows_R[displaced_rows[which]], -1] = free_codes[slot]
+        unplaced += len(displaced) - len(which)
     return keep(moved_NL), unplaced
 
 

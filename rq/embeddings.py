@@ -110,4 +110,4 @@ def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path 
         raise InputError(
             f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; embed that file again with rq.text2emb"
         )
-    return Embeddings(path, *mapped.shape, record=read_record(path, mapped))
+    return Embeddings(path, len(mapped), mapped.shape[1], record=read_record(path, mapped))

@@ -241,7 +241,7 @@ def open_data(flags: argparse.Namespace) -> "Embeddings":
     items = read_items(flags.item_file)
     embeddings = open_embeddings(flags.data_path, n_items=len(items), items_from=flags.item_file)
     if embeddings.record:
-        texts = [item_text(item, embeddings.origin.fields.split(",")) for item in items]
+        texts = [item_text(item, embeddings.record.origin.fields.split(",")) for item in items]
         if sha256_of_texts(texts) != embeddings.record.texts_sha256:
             raise InputError(
                 f"{flags.data_path} was made of other texts than {flags.item_file} holds now, so its rows may be of other "

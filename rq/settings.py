@@ -1,6 +1,8 @@
 """The flags of rq.prepare, kept beside its outputs, so that the run with --index reads the tables as the run before did.
 
-NAME.prepare.json  {"user_column": null, .., "k_core": 5, "split": null, .., "interactions": "orders.csv", "rows_kept": 81}
+    NAME.prepare.json  {"user_column": null, .., "k_core": 5, .., "interactions": "orders.csv", "rows_kept": 81}
+
+A flag left out takes the value that is kept; a flag that differs from it is obeyed, and named with what it does.
 """
 
 import argparse

@@ -1,9 +1,11 @@
 """A user's own tables: CSV, Parquet and JSON lines, the columns found by the names that such files have.
 
-orders.csv  reviewerID,asin,unixReviewTime
-            A53,B00X,1465862400
-read_table(Path("orders.csv"), ("user", "item", "time"), names={})
-    -> Table(rows: columns user, item, time; names: {"user": "reviewerID", "item": "asin", "time": "unixReviewTime"})
+    orders.csv  reviewerID,asin,unixReviewTime
+                A53,B00X,1465862400
+    read_table(Path("orders.csv"), ("user", "item", "time"), names={})
+        -> Table(rows: columns user, item, time; names: {"user": "reviewerID", "item": "asin", "time": "unixReviewTime"})
+
+A file that cannot be read is refused by its name, and by its line where one line is at fault.
 """
 
 import ast

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rq.files import InputError
 
@@ -33,7 +33,7 @@ EXPECTED = (
     "or seconds, milli-, micro- or nanoseconds since 1970"
 )
 
-MONTHS = ("january", "february", "march", "april", "may", "june")
+MONTHS: tuple[str, ...] = ("january", "february", "march", "april", "may", "june")
 MONTHS += ("july", "august", "september", "october", "november", "december")
 _YEAR = r"(?P<year>\d{4}|\d\d)"
 _MONTH = r"(?P<name>[a-z]{3,9})\.?"
@@ -288,7 +288,7 @@ def _day_is_first(column: Column, numbered: dict[str, int], *, dayfirst: bool | 
     return dayfirst
 
 
-def _nanoseconds(part: dict[str, str | None], *, dayfirst: bool | None) -> int | None:
+def _nanoseconds(part: dict[str, Any], *, dayfirst: bool | None) -> int | None:
     """Nanoseconds since 1970 of a matched date; None for a day, an hour or a year that cannot be."""
     try:
         day = _day(part, dayfirst=dayfirst)
@@ -306,7 +306,7 @@ def _nanoseconds(part: dict[str, str | None], *, dayfirst: bool | None) -> int |
     return nanoseconds if 0 < nanoseconds < END_S * 10**9 else None
 
 
-def _day(part: dict[str, str | None], *, dayfirst: bool | None) -> date:
+def _day(part: dict[str, Any], *, dayfirst: bool | None) -> date:
     year = int(part["year"])
     if part.get("week"):
         return date.fromisocalendar(year, int(part["week"]), int(part["weekday"] or 1))

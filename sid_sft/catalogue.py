@@ -6,7 +6,7 @@
     catalogue.items[0]      -> Item(id="0", sid=("<a_236>", "<b_231>", "<c_226>"), title="Wood screws")
     catalogue.position["0"] -> 0
 
-Everything behind this module names an item by its position in `items`.
+All later modules name an item by its position in `items`.
 """
 
 from __future__ import annotations

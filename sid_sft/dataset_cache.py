@@ -1,9 +1,11 @@
 """Tokenized datasets on disk, memory-mapped: written once per content, opened by every process of the node.
 
-write_dataset(folder, Source(Path("X.train.csv")), ["sid_sid"], encoder, ...)
-    folder/examples.arrow   {"input_ids": [464, ...], "length": 29, "prompt_len": 24, "task": 0, "user": 17, ...}
-    folder/summary.json     files, notes for the log, and for each task: rows, examples, examples that were cut
-open_dataset(folder, cutoff_len=512)  -> the Dataset; logs the notes, whether this run or an earlier one wrote it
+    write_dataset(folder, Source(Path("X.train.csv")), ["sid_sid"], encoder, ...)
+        folder/examples.arrow   {"input_ids": [464, ...], "length": 29, "prompt_len": 24, "task": 0, "user": 17, ...}
+        folder/summary.json     files, notes for the log, and for each task: rows, examples, examples that were cut
+    open_dataset(folder, cutoff_len=512)  -> the Dataset; logs the notes, whether this run or an earlier one wrote it
+
+The tasks share the rows of a file, which are read once; each task draws its own sample of them.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Example(NamedTuple):
 
     prompt_len: tokens of the prompt; all later tokens are supervised.
     static_len: tokens before the first SID token: nothing computed there changes while only SID rows train.
-    dropped: history items left out to keep within the cutoff, the oldest first.
+    dropped: how many items of the history, the oldest ones, were left out to keep within the cutoff.
     """
 
     input_ids: list[int]
