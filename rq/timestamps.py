@@ -218,14 +218,16 @@ def _match(text: str) -> tuple[str, re.Match] | None:
     return None
 
 
-def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, int | None], dict[str, int], dict[str, int]]:
+def _match_dates(
+    column: Column, texts: "pd.Series"
+) -> tuple[dict[str, int | None], dict[str, int], dict[str, tuple[int, re.Match]]]:
     """{text: moment} of the dates that can be read in one way only, {format: the first row that has it} of all dates, and
-    {text: row} of the dates made of numbers, whose order of day and month the whole column decides.
+    {text: (row, parts)} of the dates made of numbers, whose order of day and month the whole column decides.
     """
     moments: dict[str, int | None] = {}
     formats: dict[str, int] = {}
     zones: dict[str, int] = {}
-    numbered: dict[str, int] = {}
+    numbered: dict[str, tuple[int, re.Match]] = {}
     distinct = texts.drop_duplicates()
     for row, text in zip(distinct.index.tolist(), distinct.tolist(), strict=True):
         found = _match(text)
@@ -235,7 +237,7 @@ def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, int | No
         if len(match["year"]) == 2:
             raise InputError(f"{column.shown(row)} in column {column.name!r} has a year of two digits; write four")
         if name == "numbers":
-            numbered[text] = row
+            numbered[text] = (row, match)
             name = f"numbers with {match['sep']!r}"
         else:
             moments[text] = _nanoseconds(match.groupdict(), dayfirst=None)
@@ -247,23 +249,27 @@ def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, int | No
 
 
 def _dates(
-    column: Column, texts: "pd.Series", moments: dict[str, int | None], numbered: dict[str, int], *, dayfirst: bool | None
+    column: Column,
+    texts: "pd.Series",
+    moments: dict[str, int | None],
+    numbered: dict[str, tuple[int, re.Match]],
+    *,
+    dayfirst: bool | None,
 ) -> tuple["pd.Series", str]:
     """Dates of one format."""
     reading = "dates whose order of day and month is plain"
     if numbered:
         dayfirst = _day_is_first(column, numbered, dayfirst=dayfirst)
-        moments = {text: _nanoseconds(_match(text)[1].groupdict(), dayfirst=dayfirst) for text in numbered}
+        moments = {text: _nanoseconds(match.groupdict(), dayfirst=dayfirst) for text, (_, match) in numbered.items()}
         reading = "dates with the day first" if dayfirst else "dates with the month first"
     return texts.map(moments).astype("Int64"), reading
 
 
-def _day_is_first(column: Column, numbered: dict[str, int], *, dayfirst: bool | None) -> bool:
+def _day_is_first(column: Column, numbered: dict[str, tuple[int, re.Match]], *, dayfirst: bool | None) -> bool:
     """Decide 02/01/2016 by the rows that can be read in one way only, like 13/01/2016, for the whole column."""
     rows: dict[str, int] = {}
     open_row = None
-    for text, row in numbered.items():
-        match = _match(text)[1]
+    for row, match in numbered.values():
         first, other = int(match["first"]), int(match["other"])
         if 12 < first <= 31 and 1 <= other <= 12:
             rows.setdefault("day first", row)

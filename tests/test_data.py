@@ -20,7 +20,7 @@ from sid_sft.catalogue import read_catalogue
 from sid_sft.cells import LIST_COLUMNS, read_list
 from sid_sft.dataset_cache import Source, processes
 from sid_sft.encoding import LINE_PATTERNS, Encoder
-from sid_sft.files import InputError
+from sid_sft.files import InputError, whole_folder
 from sid_sft.interactions import Row, read_preferences, read_rows
 from sid_sft.tasks import PROMPTS, TASK_GROUPS, TASKS, read_prompts, render
 
@@ -1202,3 +1202,29 @@ def test_imports_go_one_way_from_files_to_data():
         assert imports_of(root / "sid_sft" / f"{module}.py") <= allowed, module
         allowed.add(f"sid_sft.{module}")
     assert imports_of(root / "data.py") <= allowed
+
+
+def test_one_module_on_each_side_moves_what_was_written_into_place():
+    root = Path(data.__file__).parent
+    sources = [*root.glob("*.py"), *(root / "sid_sft").rglob("*.py"), *(root / "rq").glob("*.py")]
+    moving = {str(path.relative_to(root)) for path in sources if "os.replace" in path.read_text()}
+    assert moving == {"sid_sft/files.py", "rq/files.py"}
+
+
+def test_a_folder_that_is_written_anew_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    folder = tmp_path / "checkpoint"
+    with whole_folder(folder) as scratch:
+        (scratch / "first").touch()
+
+    def interrupted():
+        with whole_folder(folder) as scratch:
+            (scratch / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    with whole_folder(folder) as scratch:
+        (scratch / "second").touch()
+    assert [path.name for path in folder.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [folder]
