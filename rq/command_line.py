@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rq.files import InputError
 
@@ -143,14 +143,23 @@ OUTPUT_FLAGS = ("output", "codes_output", "ckpt_path")
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the flag that was probably meant."""
 
-    def parse_args(
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.flags: list[str] = []
+        super().__init__(*args, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+        """As in argparse; the flag is remembered for `parse_args`."""
+        self.flags += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
+    def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse; an unknown flag is named before a missing one, of which it may be a misspelling."""
         args = sys.argv[1:] if args is None else args
         for flag in (argument.split("=")[0] for argument in args if argument.startswith("--")):
-            if flag not in self._option_string_actions:
-                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if flag not in self.flags:
+                near = difflib.get_close_matches(flag, self.flags, n=1)
                 self.error(
                     f"unknown flag {flag}" + (f" (did you mean {near[0]}?)" if near else f" (see {self.prog} --help)")
                 )
