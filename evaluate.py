@@ -242,7 +242,7 @@ def check_rows_of(
 def split_history(text: str, catalogue: Catalogue) -> list[str]:
     """'Wood glue | 278' -> ['Wood glue', '278']; ids alone may be separated by commas or spaces."""
     pieces = text.replace(",", " ").split()
-    if "|" not in text and len(pieces) > 1 and all(piece in catalogue.place for piece in pieces):
+    if "|" not in text and len(pieces) > 1 and all(piece in catalogue.position for piece in pieces):
         return pieces
     pieces = [one_line(piece) for piece in text.split("|") if piece.strip()]
     if not pieces:
@@ -252,8 +252,8 @@ def split_history(text: str, catalogue: Catalogue) -> list[str]:
 
 def find_in_catalogue(text: str, catalogue: Catalogue) -> int:
     """The place of the item that is meant by an id, a title, or a part of one title alone; case does not matter."""
-    if text in catalogue.place:
-        return catalogue.place[text]
+    if text in catalogue.position:
+        return catalogue.position[text]
     wanted = text.casefold()
     titles = [item.title.casefold() for item in catalogue.items]
     matches = [place for place, title in enumerate(titles) if title == wanted]
