@@ -94,7 +94,8 @@ class TrainFlags:
     metric_for_best_model: str = flag("eval_loss", "decides the best checkpoint and early stopping", choices=BEST_METRICS)
     max_left_out: float = flag(
         MAX_LEFT_OUT,
-        "share of a file's rows that may be left out (unknown item, no history, no title, too long) before the run stops",
+        "share of a file's rows that may be left out (unknown item, no history, no title, too long) before the run stops; "
+        "1 allows any",
         SHARE,
     )
     cutoff_len: int = flag(
@@ -117,7 +118,7 @@ class TrainFlags:
         None,
         "examples per optimizer step over all processes; a multiple of micro_batch_size x processes",
         at_least(1),
-        if_unset=f"{BATCH_SIZE}, or the multiple next to it",
+        if_unset=f"{BATCH_SIZE}, or the next larger multiple",
     )
     micro_batch_size: int = flag(4, "examples per forward pass of one process; smaller needs less memory", at_least(1))
     learning_rate: float | None = flag(
@@ -230,7 +231,7 @@ class EvaluateFlags:
         TrainFlags, "cutoff_len", "tokens of the longest example, as in training; longer ones lose their oldest items"
     )
     max_left_out: float = same_flag(
-        TrainFlags, "max_left_out", "share of a file's rows that may be left out before the evaluation stops"
+        TrainFlags, "max_left_out", "share of a file's rows that may be left out before the evaluation stops; 1 allows any"
     )
     trust_remote_code: bool = same_flag(TrainFlags, "trust_remote_code", "run code that comes with the model")
 
@@ -262,7 +263,7 @@ def results_folder(flags: EvaluateFlags) -> Path:
 
 
 def examples_per_step(flags: TrainFlags) -> int:
-    """--batch_size, or the multiple of micro_batch_size x processes next to 128: 4 x 3 gives 132."""
+    """--batch_size, or the first multiple of micro_batch_size x processes from 128 on: 4 x 3 gives 132."""
     if flags.batch_size is not None:
         return flags.batch_size
     share = flags.micro_batch_size * world_size()

@@ -32,7 +32,7 @@ def training_arguments(flags: TrainFlags) -> TrainingArguments:
     batch_size = examples_per_step(flags)
     if flags.batch_size is None and batch_size != BATCH_SIZE:
         shares = f"micro_batch_size x processes = {flags.micro_batch_size} x {world_size()}"
-        logger.info(f"--batch_size {batch_size}: the multiple of {shares} next to {BATCH_SIZE}")
+        logger.info(f"--batch_size {batch_size}: the first multiple of {shares} from {BATCH_SIZE} on")
     try:
         return TrainingArguments(
             output_dir=flags.output_dir,
