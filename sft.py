@@ -140,8 +140,9 @@ def train(flags: TrainFlags) -> None:
     train_data, eval_data = datasets_of(flags, catalogue, wording, tokenizer)
 
     # ---- and rows of the model
+    args = training_arguments(flags)
     model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code)
-    args, base_dtype = training_arguments(flags), model.dtype
+    base_dtype = model.dtype
     known_rows = min(known_tokens, len(model.get_input_embeddings().weight))
     rows_to_fill = ids_to_fill(model, tokenizer, tokens, new_ids)
     grow_embeddings(model, vocabulary_size(tokenizer))
