@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 log = logging.getLogger("rq")
 
@@ -139,14 +139,23 @@ OUTPUT_FLAGS = ("output", "codes_output", "ckpt_path")
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the flag that was probably meant."""
 
+    def __init__(self, **settings: Any) -> None:
+        self.names: list[str] = []
+        super().__init__(**settings)
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add a flag, and remember its names."""
+        self.names.extend(names)
+        return super().add_argument(*names, **settings)
+
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse; a flag that does not exist is told before one that is missing, which may be the same one mistyped."""
         args = sys.argv[1:] if args is None else args
         for flag in (argument.split("=")[0] for argument in args if argument.startswith("--")):
-            if flag not in self._option_string_actions:
-                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if flag not in self.names:
+                near = difflib.get_close_matches(flag, self.names, n=1)
                 self.error(
                     f"unknown flag {flag}" + (f" (did you mean {near[0]}?)" if near else f" (see {self.prog} --help)")
                 )
