@@ -92,11 +92,12 @@ def rows_learning_rate(model: PreTrainedModel, known: int) -> float:
 
 def turn_dropout_off(model: PreTrainedModel) -> int:
     """Sets every dropout probability of the model to 0 and returns how many were not."""
-    import torch
+    from torch import nn
 
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
     count = 0
     for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+        if isinstance(module, kinds) and module.p > 0:
             module.p, count = 0.0, count + 1
         elif isinstance(value := getattr(module, "attention_dropout", 0.0), float) and value > 0:
             module.attention_dropout, count = 0.0, count + 1
