@@ -112,12 +112,10 @@ def choose_pooling(encoder: str, config: object) -> str:
     """What the encoder's own sentence-transformers file says; else last for causal models, mean for the others."""
     from transformers.utils import cached_file
 
-    found = cached_file(
-        encoder,
-        "1_Pooling/config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(encoder, "1_Pooling/config.json")
+    except OSError:  # an encoder without this file, or without a connection to look for it
+        found = None
     if found:
         modes = json.loads(Path(found).read_text(encoding="utf-8"))
         for mode, pooling in (("lasttoken", "last"), ("cls_token", "first"), ("mean_tokens", "mean")):
