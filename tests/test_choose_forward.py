@@ -94,7 +94,7 @@ def test_a_forward_that_fails_is_left_with_one_line(examples, notes, monkeypatch
     def unfit(*args, **kwargs):
         raise TypeError("unexpected keyword\nargument")
 
-    monkeypatch.setattr(FrozenPrefix, "run_trees", unfit)
+    monkeypatch.setattr(FrozenPrefix, "call", unfit)
     model, rows = extended("qwen3", freeze=True)
     forward = chosen(model, rows, examples)
     assert isinstance(forward, PlainForward)

@@ -129,8 +129,8 @@ def test_every_cache_and_grouping_gives_the_plain_recipes_numbers(
     model, rows = extended("qwen2", tokenizer, sid_tokens)
     examples = Examples(dataset)
     whole = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9)
-    label_bytes = int(whole.label_start[-1]) * (32 * 4 + 4 + 4 + 8)  # hidden state, log-sum-exp, logit, target
-    half_of_keys = whole.kept_nodes // 2 * (2 * 2 * 2 * 8 * 4)  # layers, keys and values, heads, head size, float32
+    label_bytes = int(whole.cache.plan.label_start[-1]) * (32 * 4 + 4 + 4 + 8)  # hidden state, log-sum-exp, logit, target
+    half_of_keys = whole.cache.plan.slots // 2 * (2 * 2 * 2 * 8 * 4)  # layers, keys and values, heads, head size, float32
     budget = {"none": 0, "labels": label_bytes, "some": label_bytes + half_of_keys}.get(cache, 10**9)
     frozen = FrozenPrefix(
         model,
@@ -145,10 +145,11 @@ def test_every_cache_and_grouping_gives_the_plain_recipes_numbers(
         half = np.arange(epoch % 2, len(examples), 2)  # the second round meets what the first one kept, and what is new
         assert_equal_to_plain(model, rows, frozen, half, side=side)
         assert_equal_to_plain(model, rows, frozen, np.arange(0, len(examples), 3), side=side)
-    assert (frozen.kept_labels is not None) == (cache != "none")
+    assert (frozen.cache is not None) == (cache != "none")
     share = {"none": 0, "labels": 0, "some": 0.5}.get(cache, 1)
-    assert frozen.kept_nodes / whole.kept_nodes == pytest.approx(share, abs=0.1)
-    assert (frozen.kept_keys is not None) == (share > 0)
+    slots, keys = (frozen.cache.plan.slots, frozen.cache.keys) if frozen.cache else (0, None)
+    assert slots / whole.cache.plan.slots == pytest.approx(share, abs=0.1)
+    assert (keys is not None) == (share > 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,7 +223,7 @@ def test_stores_in_one_folder_share_no_file_and_touch_none_that_is_there(tmp_pat
     (tmp_path / "store-1").write_bytes(b"a user's own")
     monkeypatch.setattr("sid_sft.forward.store.os.unlink", lambda path: None)
     stores = [Store(1000, torch.device("cpu"), tmp_path) for _ in range(2)]
-    first, second = (store.take((4,), torch.float32).fill_(number) for number, store in enumerate(stores))
+    first, second = (store.allocate((4,), torch.float32).fill_(number) for number, store in enumerate(stores))
     assert first.tolist() == [0.0] * 4
     assert second.tolist() == [1.0] * 4
     assert (tmp_path / "store-1").read_bytes() == b"a user's own"
@@ -243,7 +244,7 @@ def test_examples_of_one_task_with_and_without_an_own_prefix_fall_into_one_step(
     }
     for budget in (0, 10**9):
         frozen = FrozenPrefix(model, rows, Examples(Dataset.from_dict(columns)), 4, cache_bytes=budget)
-        assert frozen.own_len.tolist() == [0, 2, 2]
+        assert frozen.plan.own_len.tolist() == [0, 2, 2]
         assert_equal_to_plain(model, rows, frozen, np.arange(3))
 
 
@@ -409,10 +410,10 @@ def test_each_user_s_shared_beginning_is_run_once(tokenizer, sid_tokens, dataset
     model, rows = extended("qwen2", tokenizer, sid_tokens)
     examples = Examples(dataset)
     frozen = FrozenPrefix(model, rows, examples, 4)
-    in_trees = sum(len(prefix.tree.tokens) for prefix in frozen.trees)
-    assert in_trees < frozen.own_len.sum()
-    covered = sorted(i for prefix in frozen.trees for i in prefix.members)
-    assert covered == np.nonzero(frozen.own_len > 0)[0].tolist()
+    in_trees = sum(len(prefix.tree.tokens) for prefix in frozen.plan.trees)
+    assert in_trees < frozen.plan.own_len.sum()
+    covered = sorted(i for prefix in frozen.plan.trees for i in prefix.members)
+    assert covered == np.nonzero(frozen.plan.own_len > 0)[0].tolist()
 
 
 @pytest.mark.parametrize("finish", [lambda logits: logits, lambda logits: torch.tanh(logits) * 3])

@@ -3,7 +3,7 @@
 Nothing here is believed without proof: before anything trains, the losses that follow from it are compared with the
 model's own forward on a trial batch (see choose_forward).
 
-Shapes: B sequences, S tokens, P tokens with known keys and values, V vocabulary, D hidden size.
+Shapes: B sequences, S tokens, P cached tokens, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def why_not_exact(model: PreTrainedModel) -> str:
             return f"its {rope} positions depend on the longest one"
     accepted = inspect.signature(model.base_model.forward).parameters
     if model.base_model is model or not {"inputs_embeds", "past_key_values", "position_ids"} <= accepted.keys():
-        return "its forward takes no embeddings, positions or known keys"
+        return "its forward takes no embeddings, positions or cached keys"
     return ""
 
 
@@ -130,7 +130,7 @@ Pair = tuple[Tensor, Tensor]  # keys and values of one layer, each (B, heads, P,
 Past = dict[int, list[Pair]]  # layer -> pieces, one behind the other; a piece may be (1, ...), the same for all sequences
 
 
-class KnownKeys(Cache):
+class PieceCache(Cache):
     """A cache whose past is given as pieces per layer; keeps the keys and values of the new tokens if asked."""
 
     def __init__(self, past: Past, *, keep: bool) -> None:
@@ -147,10 +147,10 @@ class KnownKeys(Cache):
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return known_tokens(self.past)
+        return past_length(self.past)
 
 
-def known_tokens(past: Past) -> int:
+def past_length(past: Past) -> int:
     """How many tokens the pieces of a past hold together."""
     return sum(keys.shape[2] for keys, _ in next(iter(past.values()))) if past else 0
 

@@ -44,10 +44,11 @@ LOW_PRECISION = Tolerance(loss=3e-2, gradient=0.3, logits=0.1)  # bfloat16 and f
 
 
 class Trial(NamedTuple):
-    """The two shortest examples of every task, and the longest of all. expected: example -> its loss, alone, through the
-    model's own forward."""
+    """The two shortest examples of every task, the first of each two, and the longest of all. expected: example -> its loss,
+    alone, through the model's own forward."""
 
     short: np.ndarray
+    shortest: np.ndarray
     longest: int
     expected: dict[int, float]
     tolerance: Tolerance
@@ -136,7 +137,8 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
     sliding window."""
     tolerance = LOW_PRECISION if model.dtype in (torch.bfloat16, torch.float16) else EXACT
     order = np.argsort(examples.length, kind="stable")
-    short = np.concatenate([order[examples.task[order] == task][:2] for task in np.unique(examples.task)])
+    by_task = [order[examples.task[order] == task] for task in np.unique(examples.task)]
+    short, shortest = (np.concatenate([members[:count] for members in by_task]) for count in (2, 1))
     longest = int(order[-1])
     alone = OwnForward(model, examples, 1)
     try:
@@ -158,7 +160,7 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
             "--base_model: its loss on an example is no number before anything was trained; the model's files hold NaN or "
             "infinite values, or its dtype is too small for them"
         )
-    return Trial(short, longest, expected, tolerance)
+    return Trial(short, shortest, longest, expected, tolerance)
 
 
 @torch.no_grad()
@@ -180,7 +182,7 @@ def disagreement(forward: Forward, trial: Trial) -> float:
     """The largest relative difference of a forward's loss from the model's own, over the trial's examples in micro-batches
     of several lengths, and alone. Relative to a loss of 1 per label at least; NaN where the forward gives no number."""
     together = np.unique([*trial.short, trial.longest])
-    parts = [part for batch in (together, *trial.short[:, None]) for part in forward.cut(batch)]
+    parts = [part for batch in (together, *trial.shortest[:, None]) for part in forward.cut(batch)]
     found = np.array([float(forward.nll(part.indices).sum()) for part in parts])
     wanted = np.array([sum(trial.expected[int(i)] for i in part.indices) for part in parts])
     labels = np.array([forward.examples.labels[part.indices].sum() for part in parts])
@@ -188,9 +190,9 @@ def disagreement(forward: Forward, trial: Trial) -> float:
 
 
 def gradient_disagreement(forward: Forward, rows: SidRows, trial: Trial) -> float:
-    """The relative difference of the SID rows' gradient from that of the model's own forward, over the short examples."""
-    wanted = rows_gradient(OwnForward(forward.model, forward.examples, 1), rows, trial.short)
-    found = rows_gradient(forward, rows, trial.short)
+    """The relative difference of the SID rows' gradient from that of the model's own forward, over each task's shortest."""
+    wanted = rows_gradient(OwnForward(forward.model, forward.examples, 1), rows, trial.shortest)
+    found = rows_gradient(forward, rows, trial.shortest)
     scale = torch.stack([gradient.norm() for gradient in wanted]).norm()
     difference = torch.stack([(f - w).norm() for f, w in zip(found, wanted, strict=True)]).norm()
     return float(difference / scale.clamp(min=torch.finfo(scale.dtype).tiny))

@@ -1,4 +1,4 @@
-"""Room for what is kept from step to step, within a budget of bytes."""
+"""Memory for what is kept from step to step, within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -17,26 +17,23 @@ DEVICE, HOST = "device", "host"  # where the store may be, besides a folder
 
 
 class Store:
-    """Room for what is kept over the run, in bytes: on the model's device, in the host's memory, or mapped to files.
+    """Memory for what is kept over the run, in bytes: on the model's device, in the host's memory, or mapped to files.
 
-    place: DEVICE, HOST, or a folder. What `take` gives holds anything at first; only rows that were written may be read.
+    place: DEVICE, HOST, or a folder. What `allocate` gives holds anything at first; only what was written may be read.
     """
 
     def __init__(self, budget: int, device: torch.device, place: str | Path) -> None:
         self.left, self.device, self.place = budget, device, place
 
-    def has_room(self, size: int) -> bool:
-        return size <= self.left
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """An empty tensor, or None where the budget does not reach."""
         size = int(np.prod(shape)) * dtype.itemsize
-        if not self.has_room(size):
+        if size > self.left:
             return None
         self.left -= size
         if self.place in (DEVICE, HOST) or not size:
-            # A row is written by the fill that owns its tree before any micro-batch of that tree reads it, and none reads
-            # another tree's (`fill`, `read_rows`). Zeros would cost a pass over all the memory at the start.
+            # A slot or label is written by the batch of its tree before any micro-batch of that tree reads it, and none
+            # reads another tree's (FrozenPrefix.fill_cache, read_slots). Zeros would cost a pass over all the memory.
             return torch.empty(shape, dtype=dtype, device="cpu" if self.place == HOST else self.device)
         # A name of its own: other processes may keep things in the same folder. The disk is taken now, for a mapped page
         # without one behind it kills the process. The mapping outlives the name, so nothing is left behind whatever happens.
@@ -53,11 +50,12 @@ class Store:
             os.close(handle)
             os.unlink(name)
 
-    def read(self, kept: Tensor, rows: np.ndarray) -> Tensor:
-        """Some rows of a kept tensor, on the model's device; from the host through pinned memory, without waiting."""
-        places = to_device(rows, kept.device)
-        if kept.device == self.device or self.device.type != "cuda":
-            return kept.index_select(0, places).to(self.device)
-        # index_select writes every element of it.
-        pinned = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, pin_memory=True)
-        return torch.index_select(kept, 0, places, out=pinned).to(self.device, non_blocking=True)
+
+def read(kept: Tensor, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Some rows of a kept tensor on a device; from the host to a GPU through pinned memory, without waiting."""
+    places = to_device(rows, kept.device)
+    if kept.device == device or device.type != "cuda":
+        return kept.index_select(0, places).to(device)
+    # index_select writes every element of it.
+    pinned = torch.empty((len(rows), *kept.shape[1:]), dtype=kept.dtype, pin_memory=True)
+    return torch.index_select(kept, 0, places, out=pinned).to(device, non_blocking=True)

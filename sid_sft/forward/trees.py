@@ -4,7 +4,7 @@ A token of a causal decoder reads what stands before it in its own sequence. Seq
 as one: each shared token once, with an attention mask that lets a token read its own ancestors, and with the position that
 it has in its own sequence.
 
-Shapes: B trees, S tokens of the largest, P tokens with known keys and values, N nodes of a tree.
+Shapes: B trees, S tokens of the largest, P cached tokens (their keys and values are there already), N nodes of a tree.
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ class Tree(NamedTuple):
         return seen
 
 
+def chain(tokens: np.ndarray, *, depth: int = 0) -> Tree:
+    """The tree of one sequence, whose first token stands at `depth`."""
+    nodes = np.arange(len(tokens))
+    return Tree(tokens, nodes + depth, [nodes])
+
+
 def build_tree(sequences: list[np.ndarray]) -> Tree:
     """The tree of some sequences; a sequence shares with its predecessor in lexicographic order all it shares at all."""
     tokens: list[np.ndarray] = []
@@ -92,8 +98,8 @@ def group_by_user(examples: Examples, indices: np.ndarray, key: np.ndarray) -> l
 # ---------------------------------------------------------------------------------------------- trees as a batch
 
 
-class OwnKeys(NamedTuple):
-    """How a tree reads known keys of its own: their positions (P,), and which of them each node reads (N, P)."""
+class CachedReads(NamedTuple):
+    """How a tree reads cached keys of its own: their positions (P,), and which of them each node reads (N, P)."""
 
     positions: np.ndarray
     read: np.ndarray
@@ -106,6 +112,11 @@ class Layout(NamedTuple):
     positions: np.ndarray
     visible: np.ndarray
     key_positions: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """S: tokens of the largest tree."""
+        return self.tokens.shape[1]
 
     def masks(self, window: Window, dtype: torch.dtype, device: torch.device) -> Tensor | dict[str, Tensor]:
         """The batch's additive masks."""
@@ -127,26 +138,27 @@ def additive_masks(
     return masks if len(window.kinds) > 1 else masks[window.kinds[0]]
 
 
-def lay_out(trees: list[Tree], *, start: int = 0, known: int = 0, own_keys: list[OwnKeys] | None = None) -> Layout:
-    """Puts trees side by side; their roots stand at position `start`, behind `known` tokens with known keys.
+def lay_out(trees: list[Tree], *, start: int = 0, past_len: int = 0, reads: list[CachedReads] | None = None) -> Layout:
+    """Puts trees side by side; their roots stand at position `start`, behind `past_len` tokens whose keys are cached.
 
-    The known tokens are positions 0, 1, ... that every node reads, but for the last ones where `own_keys` is given.
+    The cached tokens are positions 0, 1, ... that every node reads, but for the last ones where `reads` is given.
     """
     size = max(len(tree.tokens) for tree in trees)
-    own = max(len(keys.positions) for keys in own_keys) if own_keys else 0
+    own = max(len(read.positions) for read in reads) if reads else 0
+    shared = past_len - own
     positions = pad([tree.depth + start for tree in trees])
-    key_positions = np.zeros((len(trees), known + size), dtype=np.int64)
-    key_positions[:, : known - own] = np.arange(known - own)
-    key_positions[:, known:] = positions
-    visible = np.zeros((len(trees), size, known + size), dtype=bool)
-    visible[:, :, : known - own] = True
+    key_positions = np.zeros((len(trees), past_len + size), dtype=np.int64)
+    key_positions[:, :shared] = np.arange(shared)
+    key_positions[:, past_len:] = positions
+    visible = np.zeros((len(trees), size, past_len + size), dtype=bool)
+    visible[:, :, :shared] = True
     for b, tree in enumerate(trees):
         nodes = len(tree.tokens)
         among = np.tri(nodes, dtype=bool) if len(tree.paths) == 1 else tree.ancestors()
-        visible[b, :nodes, known : known + nodes] = among
-        if own_keys:
-            span = slice(known - own, known - own + len(own_keys[b].positions))
-            visible[b, :nodes, span], key_positions[b, span] = own_keys[b].read, own_keys[b].positions
+        visible[b, :nodes, past_len : past_len + nodes] = among
+        if reads:
+            span = slice(shared, shared + len(reads[b].positions))
+            visible[b, :nodes, span], key_positions[b, span] = reads[b].read, reads[b].positions
     diagonal = np.arange(size)
-    visible[:, diagonal, known + diagonal] = True  # padding reads itself, so that no softmax is empty
+    visible[:, diagonal, past_len + diagonal] = True  # padding reads itself, so that no softmax is empty
     return Layout(pad([tree.tokens for tree in trees]), positions, visible, key_positions)

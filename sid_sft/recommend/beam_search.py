@@ -12,7 +12,7 @@ The beams of a user are not rows of a batch but tokens of one sequence, each of 
 and itself. So the prompt's keys and values exist once per user, nothing is copied when beams are reordered, and a level
 costs one forward of B users x K tokens.
 
-Shapes: B users, K beams, F children of a node at most, P known keys, S prompt tokens, V vocabulary, D hidden size,
+Shapes: B users, K beams, F children of a node at most, P cached keys, S prompt tokens, V vocabulary, D hidden size,
 N nodes of the trie.
 """
 
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sid_sft.forward.architecture import KnownKeys, Past, appended, finish_logits, known_tokens, own_logits, sliding_window
-from sid_sft.forward.frozen_prefix import LARGE_ROOM
+from sid_sft.forward.architecture import Past, PieceCache, appended, finish_logits, own_logits, past_length, sliding_window
+from sid_sft.forward.prefix_plan import GPU_LIMITS
 from sid_sft.forward.trees import additive_masks, common_prefix, pad
 
 CACHED_LOGITS = 1_000_000  # logits held at a time on a CPU, in values: 4 MB stay in its cache
@@ -191,7 +191,7 @@ class SharedPromptDecoder(HeadLogits):
 
         positions (B, S) of the tokens, key_positions (B, P + S) of all keys, seen (B, S, P + S): who reads what.
         """
-        cache = KnownKeys(self.past, keep=True)
+        cache = PieceCache(self.past, keep=True)
         output = self.model.base_model(
             input_ids=tokens,
             attention_mask=additive_masks(seen, positions, key_positions, self.window, self.model.dtype),
@@ -200,7 +200,7 @@ class SharedPromptDecoder(HeadLogits):
             use_cache=True,
         )
         self.past = appended(self.past, cache.new)
-        assert known_tokens(self.past) == key_positions.shape[1]
+        assert past_length(self.past) == key_positions.shape[1]
         return output.last_hidden_state
 
 
@@ -279,7 +279,7 @@ class Found(NamedTuple):
 
 def full_logits(decoder: Decoder, hidden: Tensor) -> Iterator[Tensor]:
     """The logits over the whole vocabulary (some, V) of hidden states (n, D), a chunk at a time."""
-    values = CACHED_LOGITS if hidden.device.type == "cpu" else LARGE_ROOM.logits
+    values = CACHED_LOGITS if hidden.device.type == "cpu" else GPU_LIMITS.logits
     for part in hidden.split(max(1, values // decoder.vocabulary_size())):
         yield decoder.logits(part)
 

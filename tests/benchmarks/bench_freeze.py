@@ -225,7 +225,9 @@ def parameters_of(model) -> tuple[int, int]:
 def tail_flop(forward, examples, model) -> float:
     """What a later epoch cannot do without: tails forward and backward to their inputs, their labels through the head."""
     backbone, head = parameters_of(model)
-    return 4.0 * (backbone * int(forward.tail_len.sum()) + head * int((examples.labels - forward.static_labels).sum()))
+    return 4.0 * (
+        backbone * int(forward.plan.tail_len.sum()) + head * int((examples.labels - forward.plan.static_labels).sum())
+    )
 
 
 def matmul_rate(model) -> float:
@@ -269,9 +271,9 @@ def shares(forward, examples, sampler, micro: int, model) -> dict:
         for part in (order[i : i + micro] for i in range(0, len(order), micro))
     )
     backbone, head = parameters_of(model)
-    tail, own = int(forward.tail_len.sum()), int(forward.own_len.sum())
-    in_trees = sum(len(tree.tokens) for _, tree in forward.trees)
-    static, labels = int(forward.static_labels.sum()), int(examples.labels.sum())
+    tail, own = int(forward.plan.tail_len.sum()), int(forward.plan.own_len.sum())
+    in_trees = sum(len(tree.tokens) for _, tree in forward.plan.trees)
+    static, labels = int(forward.plan.static_labels.sum()), int(examples.labels.sum())
     plain = padded * (2 * backbone + 3 * head)
     later = tail_flop(forward, examples, model) / 2
     first = later + in_trees * backbone + static * head
