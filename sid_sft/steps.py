@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import DataLoader
 
-from sid_sft.forward.examples import Examples, Part
+from sid_sft.forward.examples import Examples, MicroBatch
 
 LENGTH_POOL = 50  # steps whose examples are sorted together under group_by_length, as HF's own sampler has it
 
@@ -65,13 +65,13 @@ class StepLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def deal(parts: list[Part], processes: int) -> list[list[np.ndarray]]:
-    """Deals micro-batches to processes so that the costs are even: first what has an owner, then the dearest first, always
-    to the least loaded."""
+def deal(parts: list[MicroBatch], processes: int) -> list[list[np.ndarray]]:
+    """Deals micro-batches to processes so that the costs are even: first what one process must take, then the dearest
+    first, always to the least loaded."""
     hands: list[list[np.ndarray]] = [[] for _ in range(processes)]
     load = [0.0] * processes
-    for part in sorted(parts, key=lambda part: (part.owner is None, -part.cost)):
-        process = load.index(min(load)) if part.owner is None else part.owner
+    for part in sorted(parts, key=lambda part: (part.process is None, -part.cost)):
+        process = load.index(min(load)) if part.process is None else part.process
         hands[process].append(part.indices)
         load[process] += part.cost
     return hands

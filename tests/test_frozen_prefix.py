@@ -15,7 +15,7 @@ import data
 import sft
 from sid_sft.files import InputError
 from sid_sft.forward.architecture import why_not_exact
-from sid_sft.forward.choose import disagreement, make_trial
+from sid_sft.forward.choose import attempt, disagreement, make_trial
 from sid_sft.forward.examples import Examples
 from sid_sft.forward.frozen_head import FrozenHead, FrozenLogSumExp
 from sid_sft.forward.frozen_prefix import FrozenPrefix
@@ -129,8 +129,12 @@ def test_every_cache_and_grouping_gives_the_plain_recipes_numbers(
     model, rows = extended("qwen2", tokenizer, sid_tokens)
     examples = Examples(dataset)
     whole = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9)
-    label_bytes = int(whole.cache.plan.label_start[-1]) * (32 * 4 + 4 + 4 + 8)  # hidden state, log-sum-exp, logit, target
-    half_of_keys = whole.cache.plan.slots // 2 * (2 * 2 * 2 * 8 * 4)  # layers, keys and values, heads, head size, float32
+    label_bytes = int(whole.cache.cache_plan.label_start[-1]) * (
+        32 * 4 + 4 + 4 + 8
+    )  # hidden state, log-sum-exp, logit, target
+    half_of_keys = (
+        whole.cache.cache_plan.slots // 2 * (2 * 2 * 2 * 8 * 4)
+    )  # layers, keys and values, heads, head size, float32
     budget = {"none": 0, "labels": label_bytes, "some": label_bytes + half_of_keys}.get(cache, 10**9)
     frozen = FrozenPrefix(
         model,
@@ -147,8 +151,8 @@ def test_every_cache_and_grouping_gives_the_plain_recipes_numbers(
         assert_equal_to_plain(model, rows, frozen, np.arange(0, len(examples), 3), side=side)
     assert (frozen.cache is not None) == (cache != "none")
     share = {"none": 0, "labels": 0, "some": 0.5}.get(cache, 1)
-    slots, keys = (frozen.cache.plan.slots, frozen.cache.keys) if frozen.cache else (0, None)
-    assert slots / whole.cache.plan.slots == pytest.approx(share, abs=0.1)
+    slots, keys = (frozen.cache.cache_plan.slots, frozen.cache.keys) if frozen.cache else (0, None)
+    assert slots / whole.cache.cache_plan.slots == pytest.approx(share, abs=0.1)
     assert (keys is not None) == (share > 0)
     assert list(tmp_path.iterdir()) == []
 
@@ -453,3 +457,78 @@ def test_the_examples_view_reads_what_the_dataset_holds(dataset):
         assert examples.ids(i).tolist() == dataset[i]["input_ids"]
         assert examples.labels[i] == dataset[i]["length"] - dataset[i]["prompt_len"]
     assert copy.copy(examples).length.sum() == sum(dataset["length"])
+
+
+def windows_of_one_user(sid: list[int], *, titles: bool, count: int = 60) -> Examples:
+    """A user's examples as a cutoff leaves them: the last ten items of a history that grows."""
+    item = [[7 + (place * 10 + token) % 300 for token in range(10)] for place in range(count + 10)]
+    columns: dict[str, list] = {name: [] for name in ("input_ids", "length", "prompt_len", "static_len", "task", "user")}
+    for last in range(count):
+        history = [token for place in range(last, last + 10) for token in (item[place] if titles else [sid[place % 5], 5])]
+        prompt = [1, 2, *history]
+        ids = [*prompt, sid[last % 5], 5, 0]
+        static = len(prompt) if titles else 2
+        task = list(TASKS).index("title_sid" if titles else "sid_sid")
+        for key, value in zip(columns, (ids, len(ids), len(prompt), static, task, 1), strict=True):
+            columns[key].append(value)
+    return Examples(Dataset.from_dict(columns))
+
+
+@pytest.mark.parametrize("titles", [True, False])
+def test_no_tree_outgrows_its_bound_however_little_a_user_s_examples_share(titles, tokenizer, sid_tokens, monkeypatch):
+    for module in ("prefix_plan", "plain"):
+        monkeypatch.setattr(f"sid_sft.forward.{module}.TREE_TOKENS", 300)
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    examples = windows_of_one_user(rows.ids.tolist(), titles=titles)
+    frozen = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9, group_users=True)
+    assert all(len(prefix.tree.tokens) <= 300 for prefix in frozen.plan.trees)
+    groups = frozen.plan.tail_groups(np.arange(len(examples)))
+    assert sorted(i for group in groups for i in group) == list(range(len(examples)))
+    assert all(len(frozen.plan.tail_tree(group).tokens) <= 300 for group in groups)
+    plain = PlainForward(model, examples, 4, group_users=True)
+    assert all(len(plain.tree(group).tokens) <= 300 for group in plain.groups(np.arange(len(examples))))
+    assert_equal_to_plain(model, rows, frozen, np.arange(len(examples)))
+
+
+def test_nothing_is_run_to_be_cached_that_no_one_reads(tokenizer, sid_tokens):
+    """Without static labels and room for keys nothing is cached, so no own prefix is run but those of the step."""
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    sid = rows.ids.tolist()
+    ids = [[1, 2, 7, 8 + place, sid[0], 5, sid[2], 0] for place in range(4)]
+    columns = {
+        "input_ids": ids,
+        "length": [8] * 4,
+        "prompt_len": [6] * 4,
+        "static_len": [4] * 4,
+        "task": [0] * 4,
+        "user": [0, 1, 2, 3],
+    }
+    frozen = FrozenPrefix(model, rows, Examples(Dataset.from_dict(columns)), 4)
+    assert frozen.cache is None or frozen.cache.cache_plan.batches == []
+    assert_equal_to_plain(model, rows, frozen, np.arange(2))
+
+
+def test_keys_without_room_cost_their_own_prefix_at_every_step(tokenizer, sid_tokens, dataset):
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    title_sid = np.nonzero(examples.task == list(TASKS).index("title_sid"))[0][:1]
+    kept, not_kept = (FrozenPrefix(model, rows, examples, 4, cache_bytes=size).plan for size in (10**9, 0))
+    assert not_kept.cost(title_sid) - kept.cost(title_sid) == kept.own_len[title_sid].sum() > 0
+
+
+def test_a_way_that_fails_halfway_leaves_no_gradient_for_the_next(tokenizer, sid_tokens, dataset, monkeypatch):
+    model, rows = extended("qwen2", tokenizer, sid_tokens)
+    examples = Examples(dataset)
+    trial, frozen = make_trial(model, examples), FrozenPrefix(model, rows, examples, 4)
+    with_gradient, nll = [], frozen.nll
+
+    def fails_later(indices):
+        with_gradient.append(torch.is_grad_enabled())
+        if sum(with_gradient) == 3:
+            raise RuntimeError("no more")
+        return nll(indices)
+
+    monkeypatch.setattr(frozen, "nll", fails_later)
+    assert attempt(lambda: frozen, rows, trial)[0] is None
+    assert sum(with_gradient) == 3
+    assert all(table.master.grad is None and table.weight.grad is None for table in rows.tables)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import sft
-from sid_sft.forward.examples import Examples, Part
+from sid_sft.forward.examples import Examples, MicroBatch
 from sid_sft.steps import StepSampler, deal
 
 
@@ -421,7 +421,7 @@ def test_grouping_by_user_puts_a_user_s_examples_side_by_side(dataset):
 
 
 def test_micro_batches_are_dealt_evenly():
-    parts = [Part(np.array([i]), float(cost), None) for i, cost in enumerate([9, 1, 5, 4, 3, 2])]
+    parts = [MicroBatch(np.array([i]), float(cost), None) for i, cost in enumerate([9, 1, 5, 4, 3, 2])]
     hands = deal(parts, 2)
     loads = [sum(parts[int(part[0])].cost for part in hand) for hand in hands]
     assert loads == [12, 12]

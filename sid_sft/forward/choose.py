@@ -3,7 +3,8 @@
     frozen prefix -> plain (users as trees) -> plain -> the model's own forward -> its own forward, one sequence at a time
 
 The measure is `model(input_ids=...).logits`, one unpadded sequence at a time. A way that differs from it, or that fails
-on the model, is left with one line in the log. A model that reads ahead is refused: what it would learn, no prompt has.
+on the model, is passed over with one line in the log. A model that reads ahead is refused: in training it would see the
+token that it has to predict.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ LOW_PRECISION = Tolerance(loss=3e-2, gradient=0.3, logits=0.1)  # bfloat16 and f
 
 
 class Trial(NamedTuple):
-    """The two shortest examples of every task, the first of each two, and the longest of all. expected: example -> its loss,
-    alone, through the model's own forward."""
+    """The examples on which a way is tried. short: the two shortest of each task; shortest: the shortest of each task;
+    longest: the longest of all. expected: example -> its loss through the model's own forward, one sequence at a time."""
 
     short: np.ndarray
     shortest: np.ndarray
@@ -77,7 +78,7 @@ def choose_forward(
         settings = {"cache_bytes": cache_bytes, "cache_place": cache_place, "group_users": group_users}
         return FrozenPrefix(model, rows, examples, micro_batch_size, **settings)
 
-    ways: list[tuple[str, Callable[[], Forward], str]] = []  # name, how it is built, why it need not be tried
+    ways: list[tuple[str, Callable[[], Forward], str]] = []  # name, how it is built, why it cannot be exact ("": try it)
     if frozen_prefix and rows is not None:
         ways.append(("Frozen prefix", frozen, reason))
     if group_users:
@@ -96,9 +97,9 @@ def choose_forward(
 
 
 def attempt(build: Callable[[], Forward], rows: SidRows | None, trial: Trial) -> tuple[Forward | None, str, float]:
-    """A forward, "" and its difference from the model's own loss; or None and why not, where it does not serve.
+    """Builds and tries a forward: (forward, "", difference from the model's own loss), or (None, why not, difference).
 
-    All processes decide alike, for they share the work of a step.
+    All processes take it or none does, since a step is cut into the same micro-batches on each.
     """
     forward, why_not, difference = None, "", 0.0
     try:
@@ -114,12 +115,12 @@ def attempt(build: Callable[[], Forward], rows: SidRows | None, trial: Trial) ->
         raise
     except Exception as error:  # other people's code: whatever it does not take is a reason to go another way
         why_not = f"{type(error).__name__}: {error_text(error)[:100]}"
-    if not agreed(not why_not, forward):
+    if not agreed(not why_not):
         return None, why_not or "another process found so", difference
     return forward, "", difference
 
 
-def agreed(fits: bool, forward: Forward | None) -> bool:
+def agreed(fits: bool) -> bool:
     """Whether all processes find that a forward fits."""
     if not (dist.is_available() and dist.is_initialized()):
         return fits
@@ -146,7 +147,7 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
         refuse_reading_ahead(model, inputs, tolerance.logits)
         with torch.no_grad():
             expected = {i: float(alone.nll(np.array([i])).sum()) for i in [*short.tolist(), longest]}
-        alone.nll(short[:1]).sum().backward()
+        alone.nll(short[:1]).sum().backward()  # a model without a backward is refused here, not in the first step
         model.zero_grad()
     except (InputError, torch.OutOfMemoryError):
         raise
@@ -179,8 +180,9 @@ def refuse_reading_ahead(model: PreTrainedModel, ids: Tensor, tolerance: float) 
 
 @torch.no_grad()
 def disagreement(forward: Forward, trial: Trial) -> float:
-    """The largest relative difference of a forward's loss from the model's own, over the trial's examples in micro-batches
-    of several lengths, and alone. Relative to a loss of 1 per label at least; NaN where the forward gives no number."""
+    """The largest relative difference of a forward's loss from the model's own, over micro-batches of all trial examples
+    and over the shortest of each task alone. It is relative to the model's own loss, or to 1 per label if that is more; NaN
+    where the forward gives NaN."""
     together = np.unique([*trial.short, trial.longest])
     parts = [part for batch in (together, *trial.shortest[:, None]) for part in forward.cut(batch)]
     found = np.array([float(forward.nll(part.indices).sum()) for part in parts])
@@ -200,10 +202,11 @@ def gradient_disagreement(forward: Forward, rows: SidRows, trial: Trial) -> floa
 
 def rows_gradient(forward: Forward, rows: SidRows, indices: np.ndarray) -> list[Tensor]:
     """The gradient (M, D) of each table's SID rows over some examples; leaves none behind."""
-    for part in forward.cut(indices):
-        forward.nll(part.indices).sum().backward()
-    rows.collect_gradients()
-    gradients = [master.grad for master in rows.masters]
-    for master in rows.masters:
-        master.grad = None
-    return gradients
+    try:
+        for part in forward.cut(indices):
+            forward.nll(part.indices).sum().backward()
+        rows.collect_gradients()
+        return [master.grad for master in rows.masters]
+    finally:  # a forward that failed halfway may have left some, too
+        for _, weight, master in rows.tables:
+            weight.grad = master.grad = None

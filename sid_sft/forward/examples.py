@@ -56,9 +56,9 @@ def table_of(dataset: Dataset, columns: list[str]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-class Part(NamedTuple):
-    """One micro-batch of a step: its examples, roughly what it costs, and the process that must take it, if one must."""
+class MicroBatch(NamedTuple):
+    """One micro-batch of a step: its examples (n,), roughly what it costs, and the process that must take it, if any."""
 
     indices: np.ndarray
     cost: float
-    owner: int | None
+    process: int | None

@@ -58,7 +58,7 @@ class FrozenHead(NamedTuple):
     def logit(self, hidden: Tensor, target: Tensor) -> Tensor:
         """The logits of the targets (n,), differentiable in `hidden` (n, D)."""
         number = torch.promote_types(hidden.dtype, torch.float32)
-        raw = (hidden.to(number) * self.weight.detach()[target].to(number)).sum(1)
+        raw = (hidden.to(number) * self.weight[target].to(number)).sum(1)
         return self.finish(raw if self.bias is None else raw + self.bias[target])
 
 
@@ -78,8 +78,9 @@ class FrozenLogSumExp(torch.autograd.Function):
 
 
 class Labels(NamedTuple):
-    """Labels and what predicts them. hidden (n, D); rest: log-sum-exp over the frozen logits (n,); target logit (n,), of use
-    where the target is frozen; target ids (n,)."""
+    """Labels and what their loss needs. hidden (n, D): the hidden states that predict them; rest (n,): the log-sum-exp of
+    the frozen logits; logit (n,): the label's logit with the frozen head, read only where the label is no SID token; target
+    (n,): the labels as token ids."""
 
     hidden: Tensor
     rest: Tensor

@@ -6,15 +6,15 @@ sequence, at every step. FrozenPrefix (see prefix_plan.py for the parts of an ex
     - computes a template's keys and values once a run,
     - runs own prefixes without gradients, those of one user as a single tree in which shared tokens stand once,
     - runs only the tail with gradients, against the keys and values of what stands before it,
-    - keeps, within a budget of bytes, what the next epoch would compute again: hidden states, log-sum-exp and target
-      logits of the labels that are predicted from static positions, and keys and values of own prefixes,
+    - caches, within a budget of bytes, what every epoch would compute again: for each static label the hidden state that
+      predicts it, the log-sum-exp of the frozen logits and the label's logit; and the keys and values of own prefixes,
     - lets the loss reach the SID rows alone: as embeddings of the tail, and as rows of the output head.
 
-Positions are those of the full sequence, every number is the plain way's up to rounding, and the model is called
-through its public interface and left as it is.
+Each token has the position that it has in its full sequence. Loss and gradient equal those of PlainForward up to rounding.
+The model is called through its public interface and is not changed.
 
-Shapes: B examples or trees, S tokens of a batch, V vocabulary, D hidden size, M SID rows, n labels, P cached tokens, K slots
-of cached keys and values (a slot is one token's).
+Shapes: B trees, S tokens of the largest tree, V vocabulary, D hidden size, M SID rows, n labels, P cached tokens that a tree
+reads, K slots of the cache (a slot holds the keys and values of one token).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sid_sft.forward.architecture import (
     finish_logits,
     sliding_window,
 )
-from sid_sft.forward.examples import Examples, Part
+from sid_sft.forward.examples import Examples, MicroBatch
 from sid_sft.forward.frozen_head import FrozenHead, FrozenLogSumExp, Labels
 from sid_sft.forward.prefix_cache import PrefixCache
 from sid_sft.forward.prefix_plan import CPU_LIMITS, GPU_LIMITS, ModelBatch, PrefixPlan, PrefixTree
@@ -95,10 +95,10 @@ class FrozenPrefix:
         )
 
     def for_evaluation(self, examples: Examples) -> FrozenPrefix:
-        """The same way over other examples, of which nothing is kept; a user's examples are trees, as no step cuts them."""
+        """A FrozenPrefix over other examples, without a cache; users are grouped, as one `cut` takes all the examples."""
         return FrozenPrefix(self.model, self.sid_rows, examples, self.micro_batch_size, group_users=True)
 
-    def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
+    def cut(self, indices: np.ndarray, processes: int = 1) -> list[MicroBatch]:
         """The examples of a step as micro-batches."""
         return self.plan.cut(indices, processes)
 
@@ -107,7 +107,7 @@ class FrozenPrefix:
         return self.plan.shares()
 
     def nll(self, indices: np.ndarray) -> Tensor:
-        """Sums of -log p over the labels of a micro-batch as `cut` makes them, per task (len(TASKS),).
+        """Sum of -log p over the labels of a micro-batch, at the place of its task in a vector (len(TASKS),) of zeros.
 
         The backward reaches the masters of the SID rows, and nothing else.
         """
@@ -125,8 +125,8 @@ class FrozenPrefix:
     def call(
         self, layout: Layout, past: Past, *, rows: Tensor | None = None, keep: bool = False
     ) -> tuple[Tensor, dict[int, Pair]]:
-        """Hidden states (B, S, D) of trees behind a past, and their keys and values if kept. rows: those of the SID tokens
-        (M, D), where their gradient is wanted."""
+        """Hidden states (B, S, D) of trees that follow a past; with `keep` also their keys and values per layer, else {}.
+        rows: the SID rows (M, D) that embed SID tokens, so that the gradient reaches them; None if `layout` has no SID."""
         cache = PieceCache(past, keep=keep)
         output = self.model.base_model(
             inputs_embeds=self.embed(to_device(layout.tokens, self.device), rows),
@@ -156,7 +156,7 @@ class FrozenPrefix:
         return KeyLayout.of(new)
 
     def template_past(self, task: int) -> Past:
-        """The past that a task's template is, computed once; empty where the template is."""
+        """The keys and values of a task's template as a past; computed once, empty if the template is empty."""
         if task not in self.template_keys:
             new: dict[int, Pair] = {}
             if len(self.plan.templates[task]):
@@ -165,10 +165,10 @@ class FrozenPrefix:
         return appended({}, self.template_keys[task])
 
     def read_slots(self, keys: Tensor, slots: list[np.ndarray]) -> Tensor:
-        """Lists of slots of keys and values (K, width) as one (B, P, width).
+        """The cached rows at B lists of slots, from keys (K, width), padded to the longest list: (B, P, width).
 
-        A shorter list repeats its last slot. No token reads what is repeated, but 0 x NaN is NaN, and another slot may be
-        one that nobody has written yet.
+        A shorter list is padded with its own last slot: [[0, 1, 4], [6]] is read as [[0, 1, 4], [6, 6, 6]]. The mask hides
+        the padding, but a hidden NaN still makes a NaN (0 x NaN), and a slot not yet written may hold one.
         """
         size = max(map(len, slots))
         places = np.stack([own[np.minimum(np.arange(size), len(own) - 1)] for own in slots])
@@ -178,10 +178,11 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def static_pass(self, indices: np.ndarray) -> tuple[Labels | None, PrefixKeys | None]:
-        """What a micro-batch needs of its own prefixes: the labels that are not cached, and keys and values for its tails.
+        """The static labels of a micro-batch, and the keys and values that its tails read.
 
-        What the cache has room for is put there, a whole fixed batch of trees at a time; the rest is computed for these
-        examples alone.
+        The labels are None where a cache holds them, or where there are none; the keys are None where no example has both
+        an own prefix and a tail. Without a cache both are computed for these examples alone. With one, the fixed batches of
+        their trees are run first, unless they have been; keys that the cache has no room for are computed at every step.
         """
         with_prefix = [int(i) for i in indices if self.plan.tree_of[i] >= 0]
         if self.cache is None:
@@ -197,12 +198,12 @@ class FrozenPrefix:
     def fill_cache(self, members: list[int]) -> None:
         """Computes the fixed batches of the examples' trees, where that has not happened yet."""
         for number in self.cache.missing({int(self.plan.tree_of[i]) for i in members}):
-            trees = self.cache.plan.batches[number]
+            trees = self.cache.cache_plan.batches[number]
             prefixes = [self.plan.trees[tree] for tree in trees]
-            keep = any(tree in self.cache.plan.first_slot for tree in trees)
+            keep = any(tree in self.cache.cache_plan.first_slot for tree in trees)
             batch, hidden, keys = self.run_prefixes(prefixes, keep=keep)
-            if batch.owners:
-                self.cache.put_labels(batch.owners, self.labels_of(batch, hidden))
+            if batch.labelled:
+                self.cache.put_labels(batch.labelled, self.labels_of(batch, hidden))
             if keys is not None:
                 self.cache.put_keys(trees, [len(prefix.tree.tokens) for prefix in prefixes], keys)
             self.cache.done[number] = True
@@ -215,7 +216,7 @@ class FrozenPrefix:
         count = 0
         for prefixes in self.plan.trees_of(members):
             batch, hidden, new = self.run_prefixes(prefixes, keep=bool(self.plan.tail_len[prefixes[0].members[0]]))
-            if self.cache is None and batch.owners:
+            if self.cache is None and batch.labelled:
                 labels.append(self.labels_of(batch, hidden))
             if new is None:
                 continue
@@ -238,10 +239,10 @@ class FrozenPrefix:
 
     def static_nll(self, indices: np.ndarray, uncached: Labels | None, head_rows: Tensor) -> Tensor:
         """Sum of -log p over the static labels of the examples, differentiable in the head's SID rows (M, D)."""
-        owners = [int(i) for i in indices if self.plan.static_labels[i]]
-        if not owners:
+        labelled = [int(i) for i in indices if self.plan.static_labels[i]]
+        if not labelled:
             return head_rows.new_zeros((), dtype=torch.promote_types(head_rows.dtype, torch.float32))
-        return self.label_nll(uncached if self.cache is None else self.cache.labels_of(owners), head_rows)
+        return self.label_nll(uncached if self.cache is None else self.cache.labels_of(labelled), head_rows)
 
     def tail_nll(self, indices: np.ndarray, prefixes: PrefixKeys | None, rows: Tensor, head_rows: Tensor) -> Tensor:
         """Sum of -log p over the labels predicted from the tails, differentiable in both tables' SID rows (M, D)."""
@@ -259,7 +260,10 @@ class FrozenPrefix:
         return Labels(predicting, FrozenLogSumExp.apply(predicting, self.head), self.head.logit(predicting, target), target)
 
     def label_nll(self, labels: Labels, head_rows: Tensor) -> Tensor:
-        """Sum of -log p over labels, differentiable in the head's SID rows (M, D) and wherever the labels are."""
+        """Sum of -log p over labels, differentiable in the head's SID rows (M, D), and in the hidden states of tail labels.
+
+        -log p = logaddexp(log-sum-exp of the frozen logits, log-sum-exp of the SID logits) - logit of the target.
+        """
         bias = None if self.head.bias is None else self.head.bias[self.sid_rows.ids]
         sid_logits = self.head.finish(F.linear(labels.hidden, head_rows, bias))
         place = self.row_of[labels.target]

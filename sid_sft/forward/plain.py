@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sid_sft.forward.architecture import finish_logits, own_logits, sliding_window
-from sid_sft.forward.examples import Examples, Part
-from sid_sft.forward.trees import Tree, build_tree, group_by_user, lay_out, pad, to_device
+from sid_sft.forward.examples import Examples, MicroBatch
+from sid_sft.forward.trees import TREE_TOKENS, Tree, build_tree, group_by_user, lay_out, pad, split_by_nodes, to_device
 from sid_sft.tasks import TASKS
 
 
@@ -33,22 +33,22 @@ class PlainForward:
         self.model, self.examples, self.micro_batch_size = model, examples, micro_batch_size
         self.group_users = group_users
 
-    def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
+    def cut(self, indices: np.ndarray, processes: int = 1) -> list[MicroBatch]:
         """The examples of a step as micro-batches, sorted by length so that little is padding."""
         if self.group_users:
             return self.tree_parts(indices)
         ordered = indices[np.argsort(self.examples.length[indices], kind="stable")]
         parts = [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
-        return [Part(part, float(len(part) * self.examples.length[part].max()), None) for part in parts]
+        return [MicroBatch(part, float(len(part) * self.examples.length[part].max()), None) for part in parts]
 
     def for_evaluation(self, examples: Examples) -> PlainForward:
         """The same way over other examples, none of them in trees."""
         return PlainForward(self.model, examples, self.micro_batch_size)
 
-    def tree_parts(self, indices: np.ndarray) -> list[Part]:
+    def tree_parts(self, indices: np.ndarray) -> list[MicroBatch]:
         """The examples of a step in users' trees, cut so that a micro-batch has no more tokens than one of long examples."""
         bound = self.micro_batch_size * int(self.examples.length.max())
-        groups = group_by_user(self.examples, indices, self.examples.task)
+        groups = self.groups(indices)
         sizes = [len(self.tree(group).tokens) for group in groups]
         parts: list[list[int]] = [[]]
         rows = 0
@@ -58,7 +58,14 @@ class PlainForward:
                 rows = 0
             parts[-1] += groups[g]
             rows += 1
-        return [Part(np.array(part), float(self.examples.length[part].sum()), None) for part in parts]
+        return [MicroBatch(np.array(part), float(self.examples.length[part].sum()), None) for part in parts]
+
+    def groups(self, indices: np.ndarray) -> list[list[int]]:
+        """What makes one tree: an example, or with `group_users` those of one user and task."""
+        if not self.group_users:
+            return [[int(i)] for i in indices]
+        users = group_by_user(self.examples, indices, self.examples.task)
+        return [part for group in users for part in split_by_nodes({i: self.examples.ids(i) for i in group}, TREE_TOKENS)]
 
     def tree(self, group: list[int]) -> Tree:
         """The tree of some examples' inputs: all but the end token, from which nothing is predicted."""
@@ -66,10 +73,7 @@ class PlainForward:
 
     def nll(self, indices: np.ndarray) -> Tensor:
         """Sums of -log p over the labels of the examples, per task (len(TASKS),)."""
-        if self.group_users:
-            groups = group_by_user(self.examples, indices, self.examples.task)
-        else:
-            groups = [[int(i)] for i in indices]
+        groups = self.groups(indices)
         trees = [self.tree(group) for group in groups]
         hidden = self.hidden(trees).flatten(0, 1)
         width = max(len(tree.tokens) for tree in trees)
@@ -115,14 +119,14 @@ class OwnForward:
         """The same way over other examples."""
         return OwnForward(self.model, examples, self.micro_batch_size, alone=self.alone)
 
-    def cut(self, indices: np.ndarray, processes: int = 1) -> list[Part]:
+    def cut(self, indices: np.ndarray, processes: int = 1) -> list[MicroBatch]:
         """The examples of a step as micro-batches of equal lengths."""
         lengths = self.examples.length[indices]
         parts = []
         for length in np.unique(lengths):
             same = indices[lengths == length]
             parts += [same[i : i + self.micro_batch_size] for i in range(0, len(same), self.micro_batch_size)]
-        return [Part(part, float(self.examples.length[part].sum()), None) for part in parts]
+        return [MicroBatch(part, float(self.examples.length[part].sum()), None) for part in parts]
 
     def nll(self, indices: np.ndarray) -> Tensor:
         """Sums of -log p over the labels of examples of one length, per task (len(TASKS),)."""

@@ -1,6 +1,6 @@
 """What the frozen prefix keeps over a run: static labels, and keys and values of own prefixes, within a budget of bytes.
 
-Which are kept, and where, a CachePlan has decided; here are the tensors. Shapes: n labels, D hidden size, K slots.
+A CachePlan says which are kept and at which places; PrefixCache holds the tensors. Shapes: n labels, D hidden size, K slots.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class PrefixCache:
     labels: all static labels, by `CachePlan.label_places`; keys (K, width): keys and values by slot, None before the first.
     """
 
-    def __init__(self, plan: CachePlan, labels: Labels, store: Store) -> None:
-        self.plan, self.labels, self.store = plan, labels, store
+    def __init__(self, cache_plan: CachePlan, labels: Labels, store: Store) -> None:
+        self.cache_plan, self.labels, self.store = cache_plan, labels, store
         self.keys: Tensor | None = None
-        self.done = np.zeros(len(plan.batches), dtype=bool)
+        self.done = np.zeros(len(cache_plan.batches), dtype=bool)
 
     @classmethod
     def within(
@@ -52,26 +52,26 @@ class PrefixCache:
 
     def missing(self, trees: set[int]) -> list[int]:
         """The batches that hold these trees and have not been computed, in their order."""
-        needed = {self.plan.batch_of[tree] for tree in trees}
+        needed = {self.cache_plan.batch_of[tree] for tree in trees if tree in self.cache_plan.batch_of}
         return sorted(batch for batch in needed if not self.done[batch])
 
-    def put_labels(self, owners: list[int], labels: Labels) -> None:
-        """Keeps the static labels of some examples, which come in their order."""
-        places = to_device(self.plan.label_places(owners), self.labels.hidden.device)
+    def put_labels(self, labelled: list[int], labels: Labels) -> None:
+        """Keeps the static labels of some examples: all labels of labelled[0], then all of labelled[1], and so on."""
+        places = to_device(self.cache_plan.label_places(labelled), self.labels.hidden.device)
         for kept, part in zip(self.labels, labels, strict=True):
             kept[places] = part.to(kept.device)
 
     def put_keys(self, numbers: list[int], sizes: list[int], rows: Tensor) -> None:
         """Keeps the keys and values (B, S, width) of trees that have slots; `sizes` of each tree's S rows are real."""
         if self.keys is None:
-            self.keys = self.store.allocate((self.plan.slots, rows.shape[2]), rows.dtype)
+            self.keys = self.store.allocate((self.cache_plan.slots, rows.shape[2]), rows.dtype)
         for number, size, tree in zip(numbers, sizes, rows, strict=True):
-            if (first := self.plan.first_slot.get(number)) is not None:
+            if (first := self.cache_plan.first_slot.get(number)) is not None:
                 self.keys[first : first + size] = tree[:size].to(self.keys.device)
 
-    def labels_of(self, owners: list[int]) -> Labels:
+    def labels_of(self, labelled: list[int]) -> Labels:
         """The static labels of some examples, on the model's device."""
-        places = self.plan.label_places(owners)
+        places = self.cache_plan.label_places(labelled)
         return Labels(*(read(kept, places, self.store.device) for kept in self.labels))
 
 

@@ -1,43 +1,60 @@
-"""Decides what the frozen prefix computes when. Knows examples and numbers, and no model.
+"""Plans what the frozen prefix computes, and when: arrays of token ids and numbers, no model.
 
-An example's inputs have three parts, of which the first two are static: no SID can change what the model computes there.
+An example is a prompt, an answer and the end token; its inputs are all tokens but the last. They have three parts:
 
-    template | own prefix | tail           template: the same tokens for every example of a task
-    --------- static ----- - dynamic -     own prefix: up to the first SID (a title history); tail: from the first SID on
+    template    the tokens with which every example of the task begins
+    own prefix  the tokens behind the template, up to the first SID (a title history)
+    tail        the tokens from the first SID on
 
-Example: two examples of the task title_sid and one of sid_sid, a token each word,
+Template and own prefix are static: their hidden states, keys and values are the same at every step. A label is static if
+it is predicted from a static position; all other labels are predicted from the tail.
 
-    Bought : | tape glue  -> <a_1> <b_2>          own prefix "tape glue", tail "<a_1>"
-    Bought : | tape knife -> <a_3> <b_0>          own prefix "tape knife", tail "<a_3>"; the user's tree holds "tape" once
-    Seen :   | <a_1> <b_2> -> <a_3> <b_0>         no own prefix, tail "<a_1> <b_2> <a_3>"
+Example: three examples of title_sid, the first two of one user, and one of sid_sid; a token each word, "/" ends a line.
 
-The plan is plain records that frozen_prefix.py takes: which own prefixes are run as one tree, which of them are cached
-over the run and in which fixed batches they are computed, and for each micro-batch the tokens, positions, mask, cache
-slots and targets of one call of the model.
+    0  Bought : | tape / glue /  | <a_1> <b_2>               static label <a_1>; <b_2> and the end token are not static
+    1  Bought : | tape / knife / | <a_3> <b_0>               static label <a_3>
+    2  Bought : | soap /         | <a_1> <b_0>               static label <a_1>
+    3  Seen :   |                | <a_1> <b_2> / <a_3> <b_0> no own prefix, no static label
+
+The own prefixes of 0 and 1 are one tree of the nodes "tape / glue / knife /". With its keys cached in slots 0 to 5 and those
+of "soap /" in slots 6 and 7, the tail of example 1 reads the template and slots [0, 1, 4, 5].
+
+The plan is plain records that frozen_prefix.py takes: which own prefixes are run as one tree, which trees are cached and in
+which fixed batches they are computed, and for each call of the model the tokens, positions, mask, slots and targets.
 
 A slot is the place of one token's keys and values in the cache. Shapes: B trees, S tokens, P cached tokens, n labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from sid_sft.forward.examples import Examples, Part
-from sid_sft.forward.trees import CachedReads, Layout, Tree, build_tree, chain, common_prefix, group_by_user, lay_out
+from sid_sft.forward.examples import Examples, MicroBatch
+from sid_sft.forward.trees import (
+    TREE_TOKENS,
+    CachedReads,
+    Layout,
+    Tree,
+    build_tree,
+    chain,
+    common_prefix,
+    group_by_user,
+    lay_out,
+    split_by_nodes,
+)
 
-TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
-LEAST_TAIL, LEAST_STATIC = 128, 512  # tokens of the smallest micro-batch: as many as a plain one of one or two examples has
+LEAST_TAIL, LEAST_STATIC = 128, 512  # tokens that a micro-batch may have in any case
 
 
 class Limits(NamedTuple):
     """How much is run at a time.
 
-    tail, static: tokens per example of a micro-batch, on average, but no fewer in all than LEAST_TAIL and LEAST_STATIC; tail
-    tokens keep activations for the backward, static ones only stand beside them as cached keys. cached: static tokens of a
-    batch that is run to be cached. logits: values of a block of logits.
+    A micro-batch of n examples has at most n x tail tokens of tails (or LEAST_TAIL, if that is more), which keep activations
+    for the backward, and reads at most n x static cached tokens (or LEAST_STATIC). cached: tokens, padding included, of a
+    batch of own prefixes that is run to be cached. logits: logits held in memory at a time.
     """
 
     tail: int
@@ -58,12 +75,15 @@ class PrefixTree(NamedTuple):
 
 
 class CachePlan(NamedTuple):
-    """What is kept over the run. Decided before the first step, and computed in fixed batches, so that no number depends on
-    the order of the steps: a resumed run meets the very same bits.
+    """What is cached over the run. Decided before the first step and computed in fixed batches, so that a cached number does
+    not depend on which step needs it first: a resumed run computes the same bits.
 
-    label_start (examples + 1,): where each example's static labels lie among all. first_slot: number of a tree whose keys
-    are cached -> slot of its first token. slots: how many there are. batches: numbers of trees that are run together.
-    batch_of: number of a tree -> place of its batch.
+    label_start (examples + 1,): the static labels of example i are cached at label_start[i] to label_start[i + 1] - 1.
+    first_slot: tree -> slot of its first node, for the trees whose keys are cached. slots: how many slots there are.
+    batches: lists of trees that are run together. batch_of: tree -> its batch. A tree is a place in PrefixPlan.trees.
+
+    For the examples at the head of this file: label_start [0, 1, 2, 3, 3], first_slot {0: 0, 1: 6}, slots 8, batches
+    [[1, 0]], batch_of {1: 0, 0: 0}.
     """
 
     label_start: np.ndarray
@@ -72,17 +92,21 @@ class CachePlan(NamedTuple):
     batches: list[list[int]]
     batch_of: dict[int, int]
 
-    def label_places(self, owners: list[int]) -> np.ndarray:
-        """Where the static labels of some examples lie among all."""
-        return np.concatenate([np.arange(self.label_start[i], self.label_start[i + 1]) for i in owners])
+    def label_places(self, labelled: list[int]) -> np.ndarray:
+        """Where the static labels of some examples are cached; [1, 2] -> [1, 2] for those at the head of this file."""
+        return np.concatenate([np.arange(self.label_start[i], self.label_start[i + 1]) for i in labelled])
 
 
 class ModelBatch(NamedTuple):
-    """One call of the model: trees behind the template of a task, and what their hidden states predict.
+    """One call of the model: trees that follow the template of one task, and the labels that their hidden states predict.
 
-    layout: tokens, positions and masks. slots: for each tree the slots (P,) that it reads between template and itself, or
-    None. predicting (n,): places among the B x S hidden states; targets (n,): the token that each predicts. owners: whose
-    labels these are, in their order.
+    layout: tokens, positions and masks. slots: for each tree, the slots (P,) of the cached tokens that it reads beside
+    the template; None where the trees read the template alone. predicting (n,): the places, among the B x S hidden states,
+    that predict the n labels; targets (n,): the labels. labelled: the examples that have the labels, in the order
+    of the labels; an example with two labels stands in it once.
+
+    The tails of 0 and 1 at the head of this file, each a tree: tokens [[<a_1>, <b_2>], [<a_3>, <b_0>]], positions
+    [[6, 7], [6, 7]], slots [[0, 1, 2, 3], [0, 1, 4, 5]], predicting [0, 1, 2, 3], targets [<b_2>, end, <b_0>, end].
     """
 
     task: int
@@ -90,13 +114,13 @@ class ModelBatch(NamedTuple):
     slots: list[np.ndarray] | None
     predicting: np.ndarray
     targets: np.ndarray
-    owners: list[int]
+    labelled: list[int]
 
 
 class PrefixPlan:
     """The parts of all examples, and how a step is cut into calls of the model.
 
-    group_users: the examples of one user and task that fall into one step are one tree in the tail, too.
+    group_users: the tails of one user's examples are run as one tree, where a step holds several of one own-prefix tree.
     """
 
     def __init__(self, examples: Examples, micro_batch_size: int, limits: Limits, *, group_users: bool) -> None:
@@ -104,14 +128,15 @@ class PrefixPlan:
         self.tail_tokens = max(LEAST_TAIL, micro_batch_size * limits.tail)
         self.static_tokens = max(LEAST_STATIC, micro_batch_size * limits.static)
         self.templates = find_templates(examples)
-        self.template_len = np.array([len(self.templates.get(task, ())) for task in range(128)])[examples.task]
+        template_len = [len(self.templates.get(task, ())) for task in range(int(examples.task.max()) + 1)]
+        self.template_len = np.array(template_len)[examples.task]
         self.static_end = np.minimum(examples.static_len, examples.length - 1)  # the last token is never an input
         self.static_labels = np.maximum(0, self.static_end - examples.prompt_len + 1)  # predicted from static positions
         self.own_len = self.static_end - self.template_len
         self.tail_len = examples.length - 1 - self.static_end
         self.trees: list[PrefixTree] = []
         self.tree_of, self.place_in_tree = self.plant_trees()
-        self.cache: CachePlan | None = None  # until `plan_cache`
+        self.cache_plan: CachePlan | None = None  # until `plan_cache`
 
     # ---- trees of own prefixes
 
@@ -120,7 +145,8 @@ class PrefixPlan:
         its place among the tree's members."""
         tree_of, place = np.full((2, len(self.examples)), -1, dtype=np.int64)
         for members in group_by_user(self.examples, np.nonzero(self.own_len > 0)[0], self.examples.task):
-            for part in self.split_members(members):
+            own = {i: self.examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in members}
+            for part in split_by_nodes(own, TREE_TOKENS):
                 tree_of[part], place[part] = len(self.trees), np.arange(len(part))
                 self.trees.append(self.prefix_tree(part))
         return tree_of, place
@@ -130,22 +156,8 @@ class PrefixPlan:
         ids = self.examples.ids
         return PrefixTree(members, build_tree([ids(i)[self.template_len[i] : self.static_end[i]] for i in members]))
 
-    def split_members(self, members: list[int]) -> Iterable[list[int]]:
-        """Cuts a user's examples, shortest first, so that no tree can outgrow TREE_TOKENS (a lone example may)."""
-        part, size = [], 0
-        for i in sorted(members, key=lambda i: (self.examples.prompt_len[i], i)):
-            # Upper bound: the longest prompt, which the others share, and each one's own static answer.
-            answer = max(0, int(self.static_end[i] - self.examples.prompt_len[i]))
-            grown = size + answer
-            if part and grown + int(self.examples.prompt_len[i]) > TREE_TOKENS:
-                yield part
-                part, grown = [], answer
-            part.append(i)
-            size = grown
-        yield part
-
     def trees_of(self, members: list[int]) -> Iterator[list[PrefixTree]]:
-        """The own prefixes of these examples alone, as batches of trees of similar size."""
+        """New trees of the own prefixes of `members` alone, not of their whole trees, in batches of similar size."""
         groups: dict[int, list[int]] = {}
         for i in members:
             groups.setdefault(int(self.tree_of[i]), []).append(i)
@@ -165,22 +177,26 @@ class PrefixPlan:
     # ---- what is cached over the run
 
     def plan_cache(self, free_slots: int) -> CachePlan:
-        """Caches all static labels, and the keys of as many trees that tails will read as have room in `free_slots`."""
+        """Plans to cache all static labels, and, as far as `free_slots` reach, the keys of each tree that a tail reads."""
         first_slot: dict[int, int] = {}
         slots = 0
         for number, (members, tree) in enumerate(self.trees):
             if (self.tail_len[members] > 0).any() and slots + len(tree.tokens) <= free_slots:
                 first_slot[number] = slots
                 slots += len(tree.tokens)
-        batches = self.cached_batches()
+        batches = self.cached_batches(first_slot)
         batch_of = {number: place for place, batch in enumerate(batches) for number in batch}
         label_start = np.concatenate([[0], np.cumsum(self.static_labels)])
-        self.cache = CachePlan(label_start, first_slot, slots, batches, batch_of)
-        return self.cache
+        self.cache_plan = CachePlan(label_start, first_slot, slots, batches, batch_of)
+        return self.cache_plan
 
-    def cached_batches(self) -> list[list[int]]:
+    def cached_batches(self, first_slot: dict[int, int]) -> list[list[int]]:
         """Fixed batches of trees, of one task and similar size each, that are run whole when one of them is first needed."""
-        sizes = [(self.task_of(prefix), len(prefix.tree.tokens), number) for number, prefix in enumerate(self.trees)]
+        sizes = [
+            (self.task_of(prefix), len(prefix.tree.tokens), number)
+            for number, prefix in enumerate(self.trees)
+            if number in first_slot or self.static_labels[prefix.members].any()
+        ]
         batches: list[list[int]] = []
         for task, size, number in sorted(sizes):
             full = batches and (len(batches[-1]) + 1) * size > self.limits.cached
@@ -191,12 +207,12 @@ class PrefixPlan:
 
     def caches_keys(self, i: int) -> bool:
         """Whether the keys and values of an example's own prefix are cached."""
-        return self.cache is not None and int(self.tree_of[i]) in self.cache.first_slot
+        return self.cache_plan is not None and int(self.tree_of[i]) in self.cache_plan.first_slot
 
     def slots_of(self, i: int) -> np.ndarray:
         """The slots of an example's own prefix, where its keys are cached."""
         number = int(self.tree_of[i])
-        return self.cache.first_slot[number] + self.trees[number].tree.paths[self.place_in_tree[i]]
+        return self.cache_plan.first_slot[number] + self.trees[number].tree.paths[self.place_in_tree[i]]
 
     # ---- calls of the model
 
@@ -210,7 +226,7 @@ class PrefixPlan:
         task = self.task_of(batch[0])
         start = len(self.templates[task])
         layout = lay_out([tree for _, tree in batch], start=start, past_len=start)
-        predicting, targets, owners = [], [], []
+        predicting, targets, labelled = [], [], []
         for b, (members, tree) in enumerate(batch):
             for i, path in zip(members, tree.paths, strict=True):
                 if self.static_labels[i]:
@@ -218,12 +234,12 @@ class PrefixPlan:
                     nodes = path[first - self.template_len[i] :]
                     predicting.append(b * layout.width + nodes)
                     targets.append(self.examples.ids(i)[first + 1 : first + 1 + len(nodes)])
-                    owners.append(i)
-        return ModelBatch(task, layout, None, joined(predicting), joined(targets), owners)
+                    labelled.append(i)
+        return ModelBatch(task, layout, None, joined(predicting), joined(targets), labelled)
 
     def tail_batch(self, indices: np.ndarray, slots: dict[int, np.ndarray] | None) -> ModelBatch:
-        """The tails of a micro-batch, and the labels that they predict. slots: example -> slots of its own prefix; None
-        where the examples have none."""
+        """The tails of a micro-batch, and the labels that they predict. slots: example -> slots of its own prefix; None if
+        the examples have no own prefix."""
         examples, task = self.examples, int(self.examples.task[indices[0]])
         trees, reads, read_slots, paths, targets = [], [], [], [], []
         for group in self.tail_groups(indices):
@@ -245,7 +261,13 @@ class PrefixPlan:
 
     def tail_groups(self, indices: np.ndarray) -> list[list[int]]:
         """What makes one tree of a tail batch: an example, or with `group_users` those of one user and prefix tree."""
-        return group_by_user(self.examples, indices, self.tree_of) if self.group_users else [[int(i)] for i in indices]
+        if not self.group_users:
+            return [[int(i)] for i in indices]
+        groups = []
+        for group in group_by_user(self.examples, indices, self.tree_of):
+            inputs = {i: self.examples.ids(i)[self.template_len[i] : self.examples.length[i] - 1] for i in group}
+            groups += split_by_nodes(inputs, TREE_TOKENS)
+        return groups
 
     def tail_tree(self, group: list[int]) -> Tree:
         """The tree of a group's tails; its paths are the examples', in their order."""
@@ -262,7 +284,11 @@ class PrefixPlan:
         return Tree(whole.tokens[dynamic], whole.depth[dynamic], paths)
 
     def cached_reads(self, group: list[int], tree: Tree, slots: dict[int, np.ndarray]) -> tuple[np.ndarray, CachedReads]:
-        """Which slots a tree of tails reads (P,), and how."""
+        """The slots (P,) that a tree of tails reads, and which node reads which of them.
+
+        The grouped tails of examples 0 and 1 at the head of this file: slots [0, 1, 2, 3, 4, 5] at positions
+        [2, 3, 4, 5, 4, 5]; <a_1> and <b_2> read the first four, <a_3> and <b_0> the slots 0, 1, 4 and 5.
+        """
         own = np.unique(np.concatenate([slots[i] for i in group]))
         positions = np.zeros(len(own), dtype=np.int64)
         read = np.zeros((len(tree.tokens), len(own)), dtype=bool)
@@ -274,16 +300,17 @@ class PrefixPlan:
 
     # ---- a step as micro-batches
 
-    def cut(self, indices: np.ndarray, processes: int) -> list[Part]:
-        """The examples of a step as micro-batches: one task in each, tails of one size, own prefixes all cached or all not.
+    def cut(self, indices: np.ndarray, processes: int) -> list[MicroBatch]:
+        """The examples of a step as micro-batches. The examples of one micro-batch are of one task, all or none have a tail,
+        the keys of all or of none of their own prefixes are cached, and their tails are of similar length.
 
-        What one process caches, it caches for itself: examples of a cached batch go to the process that owns the batch.
+        Each process has a cache of its own, so all examples of a cached batch go to the same process: number % processes.
         """
-        owner = self.owners(indices, processes)
+        assigned = self.processes_of(indices, processes)
         has_tail = self.tail_len[indices] > 0
         cached = np.array([self.caches_keys(i) if self.tree_of[i] >= 0 else -1 for i in indices])
-        kinds = np.stack([self.examples.task[indices], has_tail, cached, owner], axis=1)
-        parts: list[Part] = []
+        kinds = np.stack([self.examples.task[indices], has_tail, cached, assigned], axis=1)
+        parts: list[MicroBatch] = []
         for kind in np.unique(kinds, axis=0):
             members = indices[(kinds == kind).all(axis=1)]
             tail, process = bool(kind[1]), int(kind[3])
@@ -291,18 +318,19 @@ class PrefixPlan:
             parts += self.cut_kind(members, sizes, None if process < 0 else process)
         return parts
 
-    def owners(self, indices: np.ndarray, processes: int) -> np.ndarray:
+    def processes_of(self, indices: np.ndarray, processes: int) -> np.ndarray:
         """The process that owns the cached batch of each example's tree, -1 where any process may take it."""
-        if self.cache is None or not self.cache.batches or processes == 1:
+        if self.cache_plan is None or processes == 1:
             return np.full(len(indices), -1)
-        batch_of = self.cache.batch_of
-        return np.array([batch_of[int(self.tree_of[i])] % processes if self.tree_of[i] >= 0 else -1 for i in indices])
+        batch_of = self.cache_plan.batch_of
+        batches = [batch_of.get(int(self.tree_of[i]), -1) for i in indices]
+        return np.array([batch % processes if batch >= 0 else -1 for batch in batches])
 
-    def cut_kind(self, members: np.ndarray, sizes: np.ndarray, owner: int | None) -> list[Part]:
+    def cut_kind(self, members: np.ndarray, sizes: np.ndarray, process: int | None) -> list[MicroBatch]:
         """Micro-batches of examples of one kind, within the bounds on tail tokens and on cached keys read beside them."""
         groups = self.tail_groups(members)
         wide = [int(sizes[group].sum()) for group in groups]
-        beside = [int(self.own_len[group].max()) if self.tail_len[group[0]] else 0 for group in groups]
+        beside = [self.keys_read(group) if self.tail_len[group[0]] else 0 for group in groups]
         parts: list[list[int]] = [[]]
         count = most_beside = 0
         for g in sorted(range(len(groups)), key=lambda g: (wide[g], beside[g], groups[g])):
@@ -312,15 +340,24 @@ class PrefixPlan:
                 count, most_beside = 0, beside[g]
             parts[-1] += groups[g]
             count += 1
-        return [Part(np.array(part), self.cost(np.array(part)), owner) for part in parts]
+        return [MicroBatch(np.array(part), self.cost(np.array(part)), process) for part in parts]
+
+    def keys_read(self, group: list[int]) -> int:
+        """How many cached tokens the tree of a group's tails reads: the own prefixes of the group, shared tokens once."""
+        number = int(self.tree_of[group[0]])
+        if number < 0:
+            return 0
+        return len(np.unique(np.concatenate([self.trees[number].tree.paths[self.place_in_tree[i]] for i in group])))
 
     def cost(self, part: np.ndarray) -> float:
-        """Forward passes of a token, roughly: two for a tail token (forward and backward), one for a static one.
+        """Roughly how many token forwards: two for a tail token (forward and backward), one for an own-prefix token that
+        is run at every step.
 
-        What is cached counts as free from the start: the order of the micro-batches, and with it every bit of the gradient,
-        must not depend on which step came first.
+        An own prefix that is run once, to be cached, counts as free also in the step that runs it: the order of the
+        micro-batches, and with it the gradient to the last bit, must not depend on what is cached already.
         """
-        static = 0 if self.cache is not None and self.cache.batches else self.own_len[part].sum()
+        again = self.cache_plan is None or (self.tail_len[part[0]] > 0 and not self.caches_keys(part[0]))
+        static = self.own_len[part].sum() if again else 0
         return float(2 * self.tail_len[part].sum() + static + 0.1 * self.static_labels[part].sum())
 
     def shares(self) -> str:
@@ -333,11 +370,11 @@ class PrefixPlan:
 
 
 def find_templates(examples: Examples) -> dict[int, np.ndarray]:
-    """The longest common token prefix of each task, at most up to the first position that predicts a label."""
+    """The longest common token prefix of each task; it ends before any SID and before any position that predicts a label."""
     found = {}
     for task in np.unique(examples.task):
         members = np.nonzero(examples.task == task)[0]
-        bound = min(int(np.minimum(examples.static_len, examples.prompt_len - 1)[members].min()), 10**6)
+        bound = int(np.minimum(examples.static_len, examples.prompt_len - 1)[members].min())
         shared = examples.ids(members[0])[:bound]
         for i in members[1:]:
             shared = shared[: common_prefix(shared, examples.ids(i)[: len(shared)])]

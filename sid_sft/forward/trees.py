@@ -10,6 +10,7 @@ Shapes: B trees, S tokens of the largest, P cached tokens (their keys and values
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +21,9 @@ from sid_sft.forward.architecture import Window
 
 if TYPE_CHECKING:
     from sid_sft.forward.examples import Examples
+
+
+TREE_TOKENS = 1024  # nodes of the largest tree: its mask is quadratic
 
 
 def pad(rows: list[np.ndarray], fill: int = 0) -> np.ndarray:
@@ -84,6 +88,26 @@ def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
     size = min(len(left), len(right))
     differ = np.nonzero(left[:size] != right[:size])[0]
     return int(differ[0]) if len(differ) else size
+
+
+def split_by_nodes(sequences: dict[int, np.ndarray], most: int) -> Iterator[list[int]]:
+    """Cuts examples, each with its sequence, so that no part makes a tree of more than `most` nodes (a lone example may).
+
+    Sequences that share their beginnings fall into one part: {0: [5, 6], 1: [7], 2: [5, 8]} with most 3 -> [0, 2], [1].
+    """
+    part: list[int] = []
+    size = 0
+    for i in sorted(sequences, key=lambda i: (sequences[i].tolist(), i)):
+        new = len(sequences[i]) - (
+            common_prefix(sequences[part[-1]], sequences[i]) if part else 0
+        )  # as build_tree adds them
+        if part and size + new > most:
+            yield part
+            part, size, new = [], 0, len(sequences[i])
+        part.append(i)
+        size += new
+    if part:
+        yield part
 
 
 def group_by_user(examples: Examples, indices: np.ndarray, key: np.ndarray) -> list[list[int]]:

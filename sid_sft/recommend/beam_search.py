@@ -40,9 +40,10 @@ SLACK = 1e-3  # of a score: what rounding may add to it when the same logit come
 
 
 def score_sequences(sids: list[tuple[int, ...]], end_id: int) -> list[list[int]]:
-    """The ids whose log p are summed for each distinct SID: its own, and the end token where one SID begins another.
+    """For each SID the token ids whose log p are summed: the SID's tokens, and the end token where one SID is a prefix of
+    another. The SIDs must be distinct; then no sequence is a prefix of another.
 
-    [(1, 5), (1, 5, 9), (2, 6)] with end 0 -> [[1, 5, 0], [1, 5, 9, 0], [2, 6]]. No sequence begins another.
+    [(1, 5), (1, 5, 9), (2, 6)] with end 0 -> [[1, 5, 0], [1, 5, 9, 0], [2, 6]].
     """
     whole = set(sids)
     begun = {sid[:size] for sid in whole for size in range(1, len(sid))}
@@ -54,12 +55,13 @@ def score_sequences(sids: list[tuple[int, ...]], end_id: int) -> list[list[int]]
 
 
 class Trie(NamedTuple):
-    """Token sequences, none of which begins another, as a tree in CSR form; node 0 is the root.
+    """Token sequences, none of which is a prefix of another, as a tree in CSR form; node 0 is the root.
 
-    The children of node n are the nodes start[n] .. start[n + 1] - 1. token (N,): what leads to a node. leaf (N,): the
-    number of the sequence that ends there, or -1. column (N,): its token's place among the level's tokens. sequences:
-    how many there are. Per level: its tokens, the most children of one node, how many of its nodes have children, and
-    whether a sequence ends there.
+    The children of node n are the nodes start[n] .. start[n + 1] - 1. token (N,): the token of a node. leaf (N,): the number
+    of the sequence that ends at a node, or -1. column (N,): the place of a node's token in level_tokens of its level.
+    sequences: how many sequences there are. Per level below the root: level_tokens, its distinct tokens, ascending; fan_out,
+    the most children that one node of the level above has; inner, how many of its nodes have children; ends, whether a
+    sequence ends at one of its nodes.
     """
 
     start: Tensor
@@ -78,7 +80,8 @@ class Trie(NamedTuple):
 
 
 def build_trie(sequences: list[list[int]], device: torch.device | str = "cpu") -> Trie:
-    """[[1, 5], [1, 6], [2, 5]] -> token [0, 1, 2, 5, 6, 5], start [1, 3, 5, 6, 6, 6, 6], leaf [-1, -1, -1, 0, 1, 2]."""
+    """[[1, 5], [1, 6], [2, 5]] -> token [0, 1, 2, 5, 6, 5], start [1, 3, 5, 6, 6, 6, 6], leaf [-1, -1, -1, 0, 1, 2], column
+    [0, 0, 1, 0, 1, 0], sequences 3, level_tokens [[1, 2], [5, 6]], fan_out [2, 2], inner [2, 0], ends [False, True]."""
     matrix = pad([np.array(sequence) for sequence in sequences], fill=-1)
     order = np.lexsort(matrix.T[::-1])
     matrix = matrix[order]
@@ -115,7 +118,8 @@ def build_trie(sequences: list[list[int]], device: torch.device | str = "cpu") -
 
 
 class Decoder(Protocol):
-    """What a search needs of a model. D is the decoder's own affair: what `logits` makes logits of."""
+    """What a search needs of a model. What `begin` and `advance` return is only handed to `logits`; its last dimension D is
+    the hidden size, or the vocabulary where a decoder returns the logits themselves."""
 
     model: PreTrainedModel
 
@@ -231,18 +235,7 @@ class WholeSequenceDecoder(HeadLogits):
         return hidden[torch.arange(len(hidden), device=hidden.device), last].view(batch, beams, -1)
 
 
-def common_template(prompts: list[np.ndarray]) -> np.ndarray:
-    """The longest beginning that all prompts share and that leaves each at least one token of its own."""
-    shared = prompts[0]
-    for prompt in prompts:
-        shared = shared[: min(common_prefix(shared, prompt), len(prompt) - 1)]
-    return shared
-
-
-# ---------------------------------------------------------------------------------------------- the search
-
-
-class OwnForwardDecoder:
+class OwnForwardDecoder(HeadLogits):
     """Every beam as a sequence of its own through the model's own forward, a few of one length at a time: slower still, and
     right for every model. Its hidden states are the logits themselves."""
 
@@ -266,12 +259,21 @@ class OwnForwardDecoder:
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         return hidden.clone() if tokens is None else hidden[..., tokens]  # full logits are worked on in place
 
-    def vocabulary_size(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
+
+def common_template(prompts: list[np.ndarray]) -> np.ndarray:
+    """The longest beginning that all prompts share and that leaves each at least one token of its own."""
+    shared = prompts[0]
+    for prompt in prompts:
+        shared = shared[: min(common_prefix(shared, prompt), len(prompt) - 1)]
+    return shared
+
+
+# ---------------------------------------------------------------------------------------------- the search
 
 
 class Found(NamedTuple):
-    """The best sequences of each user. leaf (B, K): numbers, -1 where there are no more; score (B, K): their log p."""
+    """The best sequences of each prompt, best first. leaf (B, K): their numbers, as in Trie.leaf, or -1 if fewer than K are
+    found; score (B, K): their log p."""
 
     leaf: Tensor
     score: Tensor
@@ -292,8 +294,7 @@ def normalisers(decoder: Decoder, hidden: Tensor, needed: Tensor) -> Tensor:
         highest = logits.amax(1)
         parts.append(logits.sub_(highest[:, None]).exp_().sum(1).log_() + highest)  # in place: logits are large
     found = torch.full(needed.shape, torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    if parts:
-        found.view(-1)[places] = torch.cat(parts)
+    found.view(-1)[places] = torch.cat(parts)
     return found
 
 
@@ -306,13 +307,18 @@ def child_scores(
     exists: Tensor,
     wanted: int,
 ) -> Tensor:
-    """Scores (B, K, F) of the children of beams (B, K): exact for the `wanted` best of a user, -inf for some others.
+    """Scores (B, K, F) of the children of beams: exact for the `wanted` best of each user, exact or -inf for all others.
 
-    hidden (B, K, D) at the beams; column (B, K, F): the child's token as a place in `level_tokens` (T,); exists too.
+    hidden (B, K, D) and score (B, K) of the beams; column (B, K, F): the place of each child's token in `level_tokens` (T,);
+    exists (B, K, F): whether there is such a child.
 
-    Most beams have no child among the best. The logits of the level's tokens alone show which: the whole vocabulary's
-    log-sum-exp, the dear part, is at least theirs, so with theirs a score can only be too high. The true log-sum-exp is
-    computed for the beams that look best, then for all whose upper bound still reaches the last of the wanted.
+    The log-sum-exp over the whole vocabulary costs most, and few beams have a child among the best. The log-sum-exp over
+    `level_tokens` is never larger, so a score computed with it is an upper bound. The whole log-sum-exp is computed for the
+    beams with the `wanted` highest bounds, then for each other beam with a bound above the last of the `wanted` so found.
+
+    Example, in probabilities, wanted 1: beams of 0.6 and 0.3, with children of 0.4 and 0.2 and one child of 0.9; the level's
+    tokens have 0.6 and 0.9 of the vocabulary's probability. The bounds are [0.4, 0.2] and [0.3]. The first beam is computed:
+    [0.24, 0.12]. The bound 0.3 is above 0.24, so the second beam is computed too: [0.27], the best.
     """
     logits = decoder.logits(hidden, level_tokens)
     unscaled = (score[:, :, None] + logits.gather(2, column)).masked_fill(~exists, -torch.inf)
@@ -331,9 +337,11 @@ def child_scores(
 def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: int) -> Found:
     """The `num_beams` best sequences of the trie for each prompt, best first.
 
-    Sequences that end above the deepest level wait in a list of their own and do not use up beams. There are never
-    more beams than nodes; a beam that a level has no node for has run out: it keeps the score -inf and has no children,
-    so none is invalid or double. As each beam leads to a sequence, `num_beams` are found, or all that there are.
+    Sequences that end above the deepest level are collected in `finished` and do not use up beams. The number of beams is
+    the same for all users; where a user has fewer nodes to stand at, the surplus beams have score -inf and no children, so
+    no sequence is found twice. Every other beam leads to a sequence, so `num_beams` sequences are found, or all there are.
+
+    [[1, 5], [1, 6], [2, 5]] of probability 0.24, 0.12 and 0.27, num_beams 2 -> leaf [[2, 0]], score log [[0.27, 0.24]].
     """
     device = decoder.model.device
     hidden = decoder.begin(prompts)
@@ -343,7 +351,7 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
     wanted = min(num_beams, trie.sequences)
     for level in range(trie.depth):
         child = trie.start[node][:, :, None] + torch.arange(trie.fan_out[level], device=device)
-        alive = score != -torch.inf  # a beam that has run out stands at a node of another level, say the root
+        alive = score != -torch.inf  # the node of a surplus beam means nothing; the root's children would be found again
         exists = (child < trie.start[node + 1][:, :, None]) & alive[:, :, None]
         child = child.where(exists, 0)
         both = trie.ends[level] and trie.inner[level]  # two lists of the best: every child is needed
@@ -381,9 +389,9 @@ def best_tokens(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def search_freely(decoder: Decoder, prompts: list[np.ndarray], num_beams: int, *, levels: int, end_id: int) -> Tensor:
-    """What a beam search writes that knows no catalogue: tokens (B, K, levels), best first, only ends after an end.
+    """What a beam search without a trie finds: tokens (B, K, levels), best first; after an end token only end tokens.
 
-    K is `num_beams`, or the number of all sequences of so many levels where there are fewer.
+    K is `num_beams`, or the number of all sequences of `levels` tokens if that is smaller.
     """
     device = decoder.model.device
     hidden = decoder.begin(prompts)
