@@ -1,34 +1,41 @@
-"""Files -> rows -> examples (text) -> ids: everything the model reads passes through here.
+"""Files -> rows -> examples -> ids: everything the model reads passes through here.
 
-    catalogue = read_catalogue("X.index.json", "X.item.json")    # item id -> SID, title
-    rows      = read_rows("X.train.csv", catalogue)              # user, history, next item
-    prompt, answer = render(TASKS["sid_sid"], row, catalogue, prompts)
-    dataset   = build_dataset(..., tokenizer=tokenizer)          # tokenized, on disk, memory-mapped
+    catalogue = read_catalogue(Path("X.index.json"), Path("X.item.json"))   # item id -> SID, title
+    prompts = read_prompts(None, "Toys")                                    # task -> template
+    for row in read_rows(Path("X.train.csv"), catalogue):                   # Row("ann", history=(0, 1), item=2)
+        prompt, answer = render(TASKS["sid_sid"], row, catalogue, prompts)  # text
+    source = Source(Path("X.train.csv"))
+    dataset = build_dataset(source, ["sid_sid"], catalogue=catalogue, prompts=prompts, tokenizer=tokenizer, ...)  # ids
 
-Left of `render` nothing needs a tokenizer; right of it nothing needs a file. A prompt's ids are the tokenizer's ids of
-its text, so a server that is given the text sees what training saw. In the tasks over a history the constant text
-comes first and the history last, one item a line, so that the next line is the answer:
+The steps as modules, each of which imports only modules above it:
 
-    Purchases of one customer ..., one per line:
+    sid_sft/files.py           reading and writing
+    sid_sft/catalogue.py       the items: index and item file
+    sid_sft/interactions.py    the rows: interaction CSV or preference file (cells.py: what a cell may hold)
+    sid_sft/tasks.py           the examples as text: prompts and answers
+    sid_sft/encoding.py        the examples as token ids
+    sid_sft/dataset_cache.py   the dataset on disk
+
+No step up to `render` needs a tokenizer. A prompt over a history begins with the text that is the same for all rows and
+ends with the history, one item a line, oldest first; the answer is the next line:
+
+    Semantic IDs of the Toys products that one customer bought, oldest first, one per line:
     <a_1><b_2><c_3>
     <a_4><b_5><c_6>
-                      <- the model writes <a_7><b_8><c_9> and the end token
+    <a_7><b_8><c_9>       <- the answer, which the model writes, and then the end token
 
-and a customer's shorter example is a token prefix of the longer one.
+The prompt for a user's earlier purchase is therefore a token prefix of the prompt for a later purchase.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sid_sft.catalogue import Catalogue, Item, read_catalogue, read_index
-from sid_sft.dataset_cache import CACHE_FORMAT, Source, open_dataset, sample_of, source_rows, write_dataset
-from sid_sft.encoding import Encoder, Example, tokenizer_hash
-from sid_sft.files import InputError, content_hash, error_text, file_hash
+from sid_sft.dataset_cache import CACHE_DIR, CACHE_FORMAT, Source, open_dataset, write_dataset
+from sid_sft.encoding import Encoder, tokenizer_hash
+from sid_sft.files import InputError, content_hash, error_text, file_hash, whole_folder
 from sid_sft.interactions import CSV_COLUMNS, MAX_LEFT_OUT, Row, read_preferences, read_rows
 from sid_sft.tasks import DEFAULT_TASKS, PROMPTS, TASKS, read_prompts, render
 
@@ -63,8 +70,6 @@ __all__ = [
     "render",
 ]
 
-logger = logging.getLogger("sft.data")
-
 
 def build_dataset(
     source: Source,
@@ -83,9 +88,11 @@ def build_dataset(
     """The tokenized examples of the tasks, on disk and memory-mapped, built once per node and content.
 
     Columns: input_ids (list of int32), length, prompt_len, static_len, dropped, task (position in TASKS), user (a
-    number per user; -1 for item tasks). `sample` > 0 takes that many random rows for each task. InputError
-    where a larger share of the rows than `max_left_out` gives no example. The folder is named after a hash of all that
-    decides its content; other processes of the node wait for the first and then open the same files.
+    number per user; -1 for item tasks). `tasks` are names that --tasks takes; `sample` > 0 takes that many random rows
+    for each task. InputError where a larger share of the rows than `max_left_out` gives no example.
+
+    The folder, such as cache_dir/7f105a443f04eb33e79091eb, is named by a hash of everything that decides its content.
+    The first process of a node writes it; the others wait and then open the same files.
     """
     from filelock import FileLock
 
@@ -101,7 +108,7 @@ def build_dataset(
         cutoff_len,
         sample,
         seed,
-        max_left_out,  # decides nothing in the folder, but whether there is one
+        max_left_out,  # decides no id, but whether there is a dataset at all
     )
     folder = Path(cache_dir) / key
     try:
@@ -110,11 +117,8 @@ def build_dataset(
         raise InputError(f"{cache_dir}: cannot be made ({error_text(error)}); choose another --cache_dir") from None
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            scratch = Path(f"{folder}.tmp")
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir()
-            try:
-                encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=cutoff_len)
+            encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=cutoff_len)
+            with whole_folder(folder) as scratch:
                 write_dataset(
                     scratch,
                     source,
@@ -125,115 +129,116 @@ def build_dataset(
                     max_left_out=max_left_out,
                     num_proc=num_proc,
                 )
-                os.replace(scratch, folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
     return open_dataset(folder, cutoff_len, max_left_out)
 
 
 class SFTDataset:
-    """A map-style dataset of one task: {"input_ids", "attention_mask", "labels"}, the prompt's labels -100.
+    """What `build_dataset` gives for one --tasks name, as a map-style dataset of {"input_ids", "attention_mask", "labels"}.
 
-    With test=True an example is its prompt alone and its labels are the answer's ids.
+    SidSFTDataset("X.train.csv", tokenizer, index_file="X.index.json", category="Toys")[0]
+        -> {"input_ids": [464, ..., 16004, 2], "attention_mask": [1, ..., 1, 1], "labels": [-100, ..., 16004, 2]}
+
+    The labels of the prompt are -100. With test=True the input is the prompt alone and the labels are the answer's ids.
+    `file` is the interaction CSV or preference file of the task; `max_len` is the cutoff in tokens; `prompts` are
+    templates of one's own by task name, {"sid_sid": "{category} so far:\\n{history}"}, or a JSON file of such templates.
     """
 
-    task_group: str
-    source_kind = "interactions"
+    tasks: str  # the name that --tasks takes
 
     def __init__(
         self,
-        file: str | None = None,
+        file: str | Path | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        index_file: str,
-        item_file: str | None = None,
+        index_file: str | Path,
+        item_file: str | Path | None = None,
         max_len: int = 512,
         sample: int = -1,
         seed: int = 42,
         max_left_out: float = MAX_LEFT_OUT,
         category: str = "",
+        prompts: dict[str, str] | str | Path | None = None,
+        cache_dir: str | Path = CACHE_DIR,
         test: bool = False,
     ) -> None:
         if tokenizer is None:
             raise InputError(f"{type(self).__name__}: needs a tokenizer that knows the SID tokens")
-        catalogue = read_catalogue(Path(index_file), Path(item_file) if item_file else None)
-        prompts = read_prompts(None, category)
-        encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=max_len)
         self.test = test
-        self.examples: list[Example] = []
-        self.texts: list[tuple[str, str]] = []
-        for task in (task for task in TASKS.values() if task.group == self.task_group):
-            rows = self.rows(file, catalogue, max_left_out)
-            rows = [rows[place] for place in sample_of(len(rows), sample, seed, task)]
-            for row, example in zip(rows, encoder.encode(task, rows), strict=True):
-                if example is not None:
-                    self.examples.append(example)
-                    self.texts.append(render(task, row, catalogue, prompts))
+        self.dataset = build_dataset(
+            self.source(file),
+            [self.tasks],
+            catalogue=read_catalogue(Path(index_file), Path(item_file) if item_file else None),
+            prompts=read_prompts(prompts, category),
+            tokenizer=tokenizer,
+            cutoff_len=max_len,
+            sample=sample,
+            seed=seed,
+            max_left_out=max_left_out,
+            cache_dir=Path(cache_dir).expanduser(),
+        )
 
-    def rows(self, file: str | None, catalogue: Catalogue, max_left_out: float) -> list[Row]:
-        if file is None and self.source_kind != "items":
-            raise InputError(f"{type(self).__name__}: needs the file of its {self.source_kind}")
+    def source(self, file: str | Path | None) -> Source:
+        """The file as what the task reads: a CSV of interactions, a preference file, or nothing beside the catalogue."""
+        (kind,) = {task.rows for task in TASKS.values() if task.group == self.tasks}
         path = Path(file) if file else None
-        return list(source_rows(self.source_kind, Source(path, path), catalogue, logger.info, max_left_out))
+        return {"items": Source(), "interactions": Source(path), "preferences": Source(None, path)}[kind]
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.dataset)
 
-    def __getitem__(self, place: int) -> dict[str, list[int]]:
-        ids, prompt_len = self.examples[place][:2]
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        example = self.dataset[index]
+        ids, prompt_len = example["input_ids"], example["prompt_len"]
+        prompt, answer = ids[:prompt_len], ids[prompt_len:]
         if self.test:
-            return {"input_ids": ids[:prompt_len], "attention_mask": [1] * prompt_len, "labels": ids[prompt_len:]}
-        return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": [-100] * prompt_len + ids[prompt_len:],
-        }
+            return {"input_ids": prompt, "attention_mask": [1] * prompt_len, "labels": answer}
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt_len + answer}
 
 
 class SidSFTDataset(SFTDataset):
     """SID history -> next SID."""
 
-    task_group = "sid_sid"
+    tasks = "sid_sid"
 
 
 class SidItemFeatDataset(SFTDataset):
     """SID -> title and title -> SID of each item; takes no interaction file."""
 
-    task_group, source_kind = "item", "items"
+    tasks = "item"
 
 
 class FusionSeqRecDataset(SFTDataset):
     """SID history -> next title."""
 
-    task_group = "sid_title"
+    tasks = "sid_title"
 
 
 class SFTData(SFTDataset):
     """Title history -> next title."""
 
-    task_group = "title_title"
+    tasks = "title_title"
 
 
 class TitleHistory2SidSFTDataset(SFTDataset):
     """Title history -> next SID."""
 
-    task_group = "title_sid"
+    tasks = "title_sid"
 
 
 class PreferenceSFTDataset(SFTDataset):
     """SID history -> the user's preference in words, then the next SID."""
 
-    task_group, source_kind = "preference", "preferences"
+    tasks = "preference"
 
 
 class UserPreference2sidSFTDataset(SFTDataset):
     """SID history and the user's preference -> next SID."""
 
-    task_group, source_kind = "preference_sid", "preferences"
+    tasks = "preference_sid"
 
 
 class EvalSidDataset(SidSFTDataset):
-    """The prompts of SidSFTDataset, word for word, with the answers as labels."""
+    """The prompts of SidSFTDataset, word for word, with the answers' ids as labels."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "test": True})

@@ -10,33 +10,33 @@ rows -> prompts (the checkpoint's wording) -> constrained beams -> ranked SIDs -
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import os
 import sys
 import time
-import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sid_sft.catalogue import Catalogue, read_catalogue
 from sid_sft.checkpoint import (
     PROMPTS_FILE,
     Wording,
     beams_beyond,
-    check_base_model,
     fit_cutoff,
     load_model,
     load_tokenizer,
     model_positions,
     read_wording,
 )
-from sid_sft.command_line import rank, run, tell, typed_flags, world_size
+from sid_sft.command_line import command, rank, run, tell, world_size
 from sid_sft.files import InputError, one_line
-from sid_sft.interactions import MAX_LEFT_OUT, Row, read_rows
+from sid_sft.interactions import Row, read_rows
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
 from sid_sft.recommend.ranking import item_popularity, sid_table
 from sid_sft.recommend.results import free_rows, in_words, short, write_results
+from sid_sft.settings import EvaluateFlags, check_evaluating, results_folder
 from sid_sft.tasks import DEFAULT_TASKS, TASKS, category_name, read_prompts
 
 if TYPE_CHECKING:
@@ -46,48 +46,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft.evaluate")
 
 
-def evaluate(
-    *,
-    base_model: str = "",
-    test_file: str = "",
-    sid_index_path: str = "",
-    item_meta_path: str = "",
-    train_file: str = "",
-    output_dir: str = "",
-    num_beams: int = 50,
-    batch_size: int = 32,
-    sample: int = -1,
-    seed: int = 42,
-    examples: int = 0,
-    recommend: str = "",
-    task: str = "",
-    category: str = "",
-    cutoff_len: int = 512,
-    max_left_out: float = MAX_LEFT_OUT,
-    trust_remote_code: bool = False,
-) -> None:
-    """Measure how well a checkpoint recommends, or ask it for recommendations.
-
-    Args:
-        base_model: folder or hub name of a trained model, e.g. the final_checkpoint/ of sft.py
-        test_file: CSV of interactions to evaluate on
-        sid_index_path: the .index.json, item id -> SID tokens, that the model was trained with
-        item_meta_path: the .item.json with titles, for recommendations in words and for the task title_sid
-        train_file: CSV that was trained on, for the baselines and for how popular an item is
-        output_dir: where metrics.json, predictions.jsonl and recommendations.png go; default: evaluation/ in base_model
-        num_beams: recommendations per row; HR@K is measured for K up to it
-        batch_size: rows per forward pass of one process
-        sample: random rows to evaluate on; -1 for all
-        seed: decides the sample, the examples and the bootstrap
-        examples: rows to show in words: history, truth, recommendations
-        recommend: a history, titles or item ids, oldest first, separated by |; answers and stops
-        task: sid_sid (history as SIDs) or title_sid (as titles); default: the first that the model was trained on
-        category: words for the prompts of a checkpoint that has no prompts.json
-        cutoff_len: tokens of the longest example, as in training; longer ones lose their oldest items
-        max_left_out: share of a file's rows that may be left out before the evaluation stops; 1 allows any share
-        trust_remote_code: run code that comes with the model
-    """
-    flags = check_flags(locals())
+@command(EvaluateFlags)
+def evaluate(flags: EvaluateFlags) -> None:
+    """Measure how well a checkpoint recommends, or ask it for recommendations."""
+    check_evaluating(flags)
+    flags = dataclasses.replace(flags, output_dir=str(results_folder(flags)))
     catalogue = read_catalogue(Path(flags.sid_index_path), Path(flags.item_meta_path) if flags.item_meta_path else None)
     wording = wording_of(flags)
     task = task_of(flags, wording)
@@ -98,7 +61,7 @@ def evaluate(
         rows = sampled(rows_of(flags.test_file, catalogue, flags), flags.sample, flags.seed)
     train = rows_of(flags.train_file, catalogue, flags) if flags.train_file else []
     positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
-    flags.cutoff_len = fit_cutoff(flags.cutoff_len, positions and positions - beams_beyond(catalogue))
+    cutoff_len = fit_cutoff(flags.cutoff_len, positions and positions - beams_beyond(catalogue))
 
     import torch
     import transformers
@@ -123,7 +86,7 @@ def evaluate(
         task=task,
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
-        cutoff_len=flags.cutoff_len,
+        cutoff_len=cutoff_len,
         model_name=f"--base_model {flags.base_model}",
     )
     started = time.monotonic()
@@ -144,7 +107,7 @@ def evaluate(
         torch.distributed.destroy_process_group()
 
 
-def rows_of(path: str, catalogue: Catalogue, flags: types.SimpleNamespace) -> list[Row]:
+def rows_of(path: str, catalogue: Catalogue, flags: EvaluateFlags) -> list[Row]:
     return list(read_rows(Path(path), catalogue, max_left_out=flags.max_left_out))
 
 
@@ -158,36 +121,7 @@ def own_device() -> torch.device:
     return device
 
 
-def check_flags(values: dict[str, Any]) -> types.SimpleNamespace:
-    """The flags in their types, checked before anything heavy loads."""
-    flags = typed_flags(evaluate, values)
-    check_base_model(flags.base_model)
-    required = ("sid_index_path",) if flags.recommend else ("sid_index_path", "test_file")
-    for name in required:
-        if not getattr(flags, name):
-            raise InputError(f"--{name} is missing")
-    for name in ("test_file", "train_file", "sid_index_path", "item_meta_path"):
-        path = getattr(flags, name)
-        if path and not Path(path).is_file():
-            raise InputError(f"--{name} {path}: there is no such file")
-    for name, least in {"num_beams": 1, "batch_size": 1, "examples": 0, "seed": 0, "cutoff_len": 2}.items():
-        if getattr(flags, name) < least:
-            raise InputError(f"--{name} {getattr(flags, name)} must be at least {least}")
-    if not 0 <= flags.max_left_out <= 1:
-        raise InputError(f"--max_left_out {flags.max_left_out:g} must be a share of the rows, from 0 to 1")
-    if flags.sample == 0 or flags.sample < -1:
-        raise InputError(f"--sample {flags.sample} must be positive, or -1 for no limit")
-    if flags.task and flags.task not in RECOMMENDING_TASKS:
-        raise InputError(f"--task {flags.task!r} recommends nothing; expected one of {', '.join(RECOMMENDING_TASKS)}")
-    if not flags.output_dir:
-        local = Path(flags.base_model)
-        flags.output_dir = str(local / "evaluation" if local.is_dir() else "evaluation")
-    if Path(flags.output_dir).is_file():
-        raise InputError(f"--output_dir {flags.output_dir}: is a file")
-    return flags
-
-
-def wording_of(flags: types.SimpleNamespace) -> Wording:
+def wording_of(flags: EvaluateFlags) -> Wording:
     """The wording that the checkpoint was trained with; the shipped one, said so, where it has none."""
     wording = read_wording(Path(flags.base_model))
     if wording is not None:
@@ -199,7 +133,7 @@ def wording_of(flags: types.SimpleNamespace) -> Wording:
     return Wording(category_name(flags.category), list(DEFAULT_TASKS), read_prompts(None, flags.category))
 
 
-def task_of(flags: types.SimpleNamespace, wording: Wording) -> str:
+def task_of(flags: EvaluateFlags, wording: Wording) -> str:
     known = [name for name in RECOMMENDING_TASKS if name in wording.tasks]
     task = flags.task or (known[0] if known else RECOMMENDING_TASKS[0])
     if task not in wording.tasks:
@@ -209,7 +143,7 @@ def task_of(flags: types.SimpleNamespace, wording: Wording) -> str:
     return task
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, flags: types.SimpleNamespace) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, flags: EvaluateFlags) -> None:
     """Every SID token of the index is a token of the checkpoint, or the two do not belong together."""
     tokens = sorted({token for item in catalogue.items for token in item.sid})
     vocabulary = tokenizer.get_vocab()
@@ -227,7 +161,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, f
 
 
 def check_rows_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, flags: types.SimpleNamespace
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, flags: EvaluateFlags
 ) -> None:
     """The embedding has a row for every SID token; one that was not grown would fail much later, and not in words."""
     tokens = {token for item in catalogue.items for token in item.sid}
@@ -242,7 +176,7 @@ def check_rows_of(
 def split_history(text: str, catalogue: Catalogue) -> list[str]:
     """'Wood glue | 278' -> ['Wood glue', '278']; ids alone may be separated by commas or spaces."""
     pieces = text.replace(",", " ").split()
-    if "|" not in text and len(pieces) > 1 and all(piece in catalogue.place for piece in pieces):
+    if "|" not in text and len(pieces) > 1 and all(piece in catalogue.position for piece in pieces):
         return pieces
     pieces = [one_line(piece) for piece in text.split("|") if piece.strip()]
     if not pieces:
@@ -252,8 +186,8 @@ def split_history(text: str, catalogue: Catalogue) -> list[str]:
 
 def find_in_catalogue(text: str, catalogue: Catalogue) -> int:
     """The place of the item that is meant by an id, a title, or a part of one title alone; case does not matter."""
-    if text in catalogue.place:
-        return catalogue.place[text]
+    if text in catalogue.position:
+        return catalogue.position[text]
     wanted = text.casefold()
     titles = [item.title.casefold() for item in catalogue.items]
     matches = [place for place, title in enumerate(titles) if title == wanted]

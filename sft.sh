@@ -4,9 +4,11 @@
 #   bash sft.sh                                                    # the embedded demo
 #   CATEGORY=Industrial_and_Scientific bash sft.sh                 # files of data/amazon, named after the category
 #   CATEGORY=Toys DATA_DIR=/data/toys BASE_MODEL=Qwen/Qwen2.5-0.5B bash sft.sh --freeze_LLM True --num_epochs 5
+#   CATEGORY=Toys BATCH_SIZE=1024 MICRO_BATCH_SIZE=16 bash sft.sh  # eight large GPUs
 #
-# Every knob is an environment variable; an argument wins over it. On several nodes set NNODES, NODE_RANK and
-# MASTER_ADDR (and MASTER_PORT) on each.
+# Every flag of sft.py is an environment variable here, in capitals; an argument wins over it. What is not set keeps
+# sft.py's default, but for the base model, and the files and the output folder that CATEGORY names. On several nodes set
+# NNODES, NODE_RANK and MASTER_ADDR (and MASTER_PORT) on each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -25,15 +27,12 @@ NPROC_PER_NODE=${NPROC_PER_NODE:-1}
 NNODES=${NNODES:-1}
 WORLD=$((NPROC_PER_NODE * NNODES))
 
-arguments=()
-add() { [ -z "$2" ] || arguments+=("--$1" "$2"); }
 given() { local name=$1 argument; shift; for argument; do [[ $argument != "--$name" && $argument != "--$name="* ]] || return 0; done; return 1; }
-# A knob becomes a flag unless the same flag was given as an argument.
-knob() { given "$1" "${@:3}" || add "$1" "$2"; }
+asks_for_help() { given help "$@" || [[ " $* " == *" -h "* ]]; }
 
 # ---- what is trained on
 CATEGORY=${CATEGORY:-}
-if [ -z "$CATEGORY" ] && [ -z "${TRAIN_FILE:-}" ] && ! given train_file "$@" && ! given help "$@" && ! given category "$@"; then
+if [ -z "$CATEGORY" ] && [ -z "${TRAIN_FILE:-}" ] && ! given train_file "$@" && ! given category "$@" && ! asks_for_help "$@"; then
   DEMO=1 DEMO_DIR=${DEMO_DIR:-output/demo/data}
   "$PYTHON" -m sid_sft.demo "$DEMO_DIR"
   BASE_MODEL=${BASE_MODEL:-$DEMO_DIR/base}
@@ -44,29 +43,24 @@ if [ -z "$CATEGORY" ] && [ -z "${TRAIN_FILE:-}" ] && ! given train_file "$@" && 
   BATCH_SIZE=${BATCH_SIZE:-$((128 * WORLD))}
   given save_steps "$@" || EVAL_STEPS=${EVAL_STEPS:-${SAVE_STEPS:-0.1}}  # saving follows evaluating, or the other way
 fi
-DATA_DIR=${DATA_DIR:-data/amazon}
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
-# The multiple of micro batch x processes next to 1024, so that it divides whatever the number of processes.
-STEP=$((MICRO_BATCH_SIZE * WORLD))
-BATCH_SIZE=${BATCH_SIZE:-$((STEP * ((1024 + STEP - 1) / STEP)))}
-NAME=${CATEGORY:-run}
+BASE_MODEL=${BASE_MODEL:-Qwen/Qwen2.5-0.5B}
+OUTPUT_DIR=${OUTPUT_DIR:-output/${CATEGORY:-run}}
+if [ -n "$CATEGORY" ]; then
+  FILES=${DATA_DIR:-data/amazon}/$CATEGORY
+  TRAIN_FILE=${TRAIN_FILE:-$FILES.train.csv} EVAL_FILE=${EVAL_FILE-$FILES.valid.csv}
+  SID_INDEX_PATH=${SID_INDEX_PATH:-$FILES.index.json} ITEM_META_PATH=${ITEM_META_PATH-$FILES.item.json}
+fi
 
-knob base_model "${BASE_MODEL:-Qwen/Qwen2.5-0.5B}" "$@"
-knob train_file "${TRAIN_FILE:-$DATA_DIR/$CATEGORY.train.csv}" "$@"
-knob eval_file "${EVAL_FILE-$DATA_DIR/$CATEGORY.valid.csv}" "$@"
-knob sid_index_path "${SID_INDEX_PATH:-$DATA_DIR/$CATEGORY.index.json}" "$@"
-knob item_meta_path "${ITEM_META_PATH-$DATA_DIR/$CATEGORY.item.json}" "$@"
-knob output_dir "${OUTPUT_DIR:-output/$NAME}" "$@"
-knob category "$CATEGORY" "$@"
-knob batch_size "$BATCH_SIZE" "$@"
-knob micro_batch_size "$MICRO_BATCH_SIZE" "$@"
-for flag in tasks prompts preference_file sample eval_sample eval_recommendation metric_for_best_model max_left_out \
-  cutoff_len freeze_LLM frozen_prefix train_from_scratch \
-  num_epochs max_steps learning_rate weight_decay lr_scheduler_type warmup_steps group_by_length group_users \
-  prefix_cache_gb prefix_cache_in seed bf16 logging_steps eval_steps save_steps early_stopping_patience \
-  resume_from_checkpoint report_to wandb_project wandb_run_name trust_remote_code cache_dir num_proc check; do
+# ---- a variable becomes a flag unless the same flag was given as an argument
+arguments=()
+for flag in base_model train_file eval_file sid_index_path item_meta_path preference_file output_dir category tasks prompts \
+  sample eval_sample eval_recommendation metric_for_best_model max_left_out cutoff_len freeze_LLM frozen_prefix \
+  train_from_scratch num_epochs max_steps batch_size micro_batch_size learning_rate weight_decay lr_scheduler_type \
+  warmup_steps group_by_length group_users prefix_cache_gb prefix_cache_in seed bf16 logging_steps eval_steps save_steps \
+  early_stopping_patience resume_from_checkpoint report_to wandb_project wandb_run_name trust_remote_code cache_dir \
+  num_proc check; do
   variable=${flag^^}
-  knob "$flag" "${!variable:-}" "$@"
+  [ -z "${!variable:-}" ] || given "$flag" "$@" || arguments+=("--$flag" "${!variable}")
 done
 
 if [ "$WORLD" -eq 1 ]; then

@@ -1,3 +1,1 @@
-"""Semantic IDs from a catalogue: text -> embeddings -> residual
-codes -> `.index.json`, and interactions -> training CSVs.
-"""
+"""Semantic IDs from a catalogue: text -> embeddings -> codes -> `.index.json`; and interactions -> training CSVs."""

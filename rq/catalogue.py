@@ -1,26 +1,32 @@
-"""The items of `.item.json`: their ids, and the text each is embedded by."""
+"""The items of `.item.json`: their ids, and the text by which an item is embedded.
+
+    {"0": {"title": "Saw", "description": "['Cuts  well.']"}, ...}
+    read_items(path)[0]             -> {"title": "Saw", "description": "['Cuts  well.']"}
+    item_text(read_items(path)[0])  -> "Saw Cuts well."
+
+Item ids are 0..N-1: row i of the embeddings is item i.
+"""
 
 import ast
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rq.command_line import BadInput
+from rq.files import InputError, read_json
 
 TEXT_FIELDS = ("title", "brand", "categories", "description")
 
 
 def check_ids(ids: Sequence[str], *, where: str) -> None:
-    """Stop unless `ids` are the decimal strings 0..N-1 in any order: row i of the embeddings is item i."""
+    """InputError unless `ids` are the decimal strings 0..N-1 in any order, since row i of the embeddings is item i."""
     for item in ids:
         if not (isinstance(item, str) and item.isascii() and item.isdigit() and str(int(item)) == item):
-            raise BadInput(
+            raise InputError(
                 f"{where}: item id {item!r} is not a decimal number without leading zeros; number the items 0..N-1"
             )
     numbers = set(map(int, ids))
     missing = next((number for number in range(len(numbers)) if number not in numbers), None)
     if missing is not None:
-        raise BadInput(
+        raise InputError(
             f"{where}: item ids have a gap: {missing} is missing of {len(numbers)} ids up to {max(numbers)}; "
             "number the items 0..N-1"
         )
@@ -28,12 +34,10 @@ def check_ids(ids: Sequence[str], *, where: str) -> None:
 
 def read_items(path: Path) -> list[dict]:
     """The items of `.item.json` in the order of their ids: items[i] is item i."""
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error}); expected {{'0': {{'title': ..}}, ..}}") from error
+    expected = "{'0': {'title': ..}, ..}"
+    items = read_json(path, expected=expected)
     if not isinstance(items, dict) or not items or not all(isinstance(item, dict) for item in items.values()):
-        raise BadInput(f"{path}: expected a JSON object of items, like {{'0': {{'title': ..}}, ..}}")
+        raise InputError(f"{path}: expected a JSON object of items, like {expected}")
     check_ids(list(items), where=str(path))
     return [items[str(number)] for number in range(len(items))]
 
@@ -57,5 +61,5 @@ def plain(value: object) -> str:
 
 
 def item_text(item: dict, fields: Sequence[str] = TEXT_FIELDS) -> str:
-    """The text an item is embedded by: its fields in order, empty ones left out; '' when it has none."""
+    """The text by which an item is embedded: its fields in order, empty fields left out; '' where all are empty."""
     return " ".join(filter(None, (plain(item.get(field)) for field in fields)))

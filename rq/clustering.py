@@ -1,17 +1,25 @@
 """One level of clusters: k-means by faiss, and k-means whose clusters are of about equal size.
 
+    centroids_KD = kmeans(x_ND, 256, seed=42)
+    labels_N = nearest(x_ND, centroids_KD)                  # faiss k-means: the nearest centroid
+    centroids_KD, prices_K = balanced_kmeans(x_ND, 256, slack=0.2, seed=42, epsilon=0.02)
+    labels_N = nearest(x_ND, centroids_KD, prices_K)        # each centroid gets about N / 256 rows
+
 N rows, K centroids, D dimensions; cost_NK is the squared distance. A price per centroid
 turns nearest-centroid into balanced assignment: argmin over k of cost_NK + price_K.
 """
 
+import logging
 import math
 
 import faiss
 import numpy as np
 import torch
 
-from rq.command_line import BadInput, log
 from rq.embeddings import Embeddings
+from rq.files import InputError
+
+log = logging.getLogger("rq.clustering")
 
 # faiss's own rule: more rows per centroid than this move the centroids no further that matters, but cost time.
 TRAINING_ROWS_PER_CENTROID = 256
@@ -29,7 +37,7 @@ def training_sample(embeddings: Embeddings, levels: tuple[int, ...], *, seed: in
     when a level has more centroids than there are items, and at a row that is not finite.
     """
     if len(embeddings) < max(levels):
-        raise BadInput(
+        raise InputError(
             f"{embeddings.path} has {len(embeddings):,} items, fewer than the {max(levels):,} centroids of a level; "
             "give smaller --levels"
         )

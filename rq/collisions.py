@@ -1,4 +1,9 @@
-"""Items with equal codes, told apart: by an extra code, by moving the last level, or not at all.
+"""Items with equal codes: made distinct by an extra code or by another last code, or kept as they are.
+
+    codes [[1, 2], [3, 4], [1, 2]]
+    add_a_code  -> [(1, 2, 0), (3, 4), (1, 2, 1)]
+    relocate    -> [(1, 2), (3, 4), (1, 7)], where 7 is the nearest free code for the third item
+    keep        -> [(1, 2), (3, 4), (1, 2)]
 
 N items, L levels, K codes of the last level, R rows of a group. A SID is a tuple of codes, L of them or L + 1.
 """
@@ -9,8 +14,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-Sid = tuple[int, ...]
-# Rows of the catalogue (R,) and their codes (R, L) -> cost (R, K) of every last-level code.
+from rq.index_file import Sid
+
+# (R,) items and their codes (R, L) -> (R, K): what it costs to give an item each code of the last level.
 LastLevelCosts = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -78,11 +84,11 @@ def relocate(
                 free_K[code] -= 1
             else:
                 displaced.append(at)
-        displaced = np.sort(np.array(displaced, np.int64))
-        slots = np.repeat(np.arange(n_last), free_K)
-        who, where = linear_sum_assignment(cost_RK[np.ix_(displaced, slots)])
-        moved_NL[rows_R[displaced[who]], -1] = slots[where]
-        unplaced += len(displaced) - len(who)
+        displaced_rows = np.sort(np.array(displaced, np.int64))
+        free_codes = np.repeat(np.arange(n_last), free_K)
+        which, slot = linear_sum_assignment(cost_RK[np.ix_(displaced_rows, free_codes)])
+        moved_NL[rows_R[displaced_rows[which]], -1] = free_codes[slot]
+        unplaced += len(displaced) - len(which)
     return keep(moved_NL), unplaced
 
 

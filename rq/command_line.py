@@ -1,5 +1,11 @@
-"""What every `python -m rq.x` has in common: its flags, its log,
-its one-line errors. Standard library only, so --help is quick.
+"""What every `python -m rq.x` has in common: its flags, its log, its exit code. Standard library only, so --help is quick.
+
+Exit code 0: done. 2: what a user can mend, said in the last line of standard error, such as
+
+    rq.rqkmeans: E.npy has 40 items, fewer than the 64 centroids of a level; give smaller --levels
+
+1: the run was stopped. The log goes to standard error; only what was asked for, the table of rq.report, goes to
+standard output.
 """
 
 import argparse
@@ -14,13 +20,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from rq.files import InputError
 
 log = logging.getLogger("rq")
-
-
-class BadInput(ValueError):
-    """Input the user can correct: the message says where, what came, what was expected, what to do."""
 
 
 def switch(text: str) -> bool:
@@ -139,14 +143,23 @@ OUTPUT_FLAGS = ("output", "codes_output", "ckpt_path")
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the flag that was probably meant."""
 
-    def parse_args(
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.flags: list[str] = []
+        super().__init__(*args, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+        """As in argparse; the flag is remembered for `parse_args`."""
+        self.flags += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **options)
+
+    def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse; a flag that does not exist is told before one that is missing, which may be the same one mistyped."""
+        """Parse; an unknown flag is named before a missing one, of which it may be a misspelling."""
         args = sys.argv[1:] if args is None else args
         for flag in (argument.split("=")[0] for argument in args if argument.startswith("--")):
-            if flag not in self._option_string_actions:
-                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            if flag not in self.flags:
+                near = difflib.get_close_matches(flag, self.flags, n=1)
                 self.error(
                     f"unknown flag {flag}" + (f" (did you mean {near[0]}?)" if near else f" (see {self.prog} --help)")
                 )
@@ -178,15 +191,15 @@ def refuse_to_overwrite(flags: argparse.Namespace, *, outputs: Sequence[str] = O
         if path is None:
             continue
         if path.resolve() in inputs:
-            raise BadInput(f"--{name} {path} is also an input of this run; write to another file")
+            raise InputError(f"--{name} {path} is also an input of this run; write to another file")
         if path.exists() and not flags.overwrite:
-            raise BadInput(f"{path} exists; give --overwrite to replace it, or another --{name}")
+            raise InputError(f"{path} exists; give --overwrite to replace it, or another --{name}")
 
 
 def single_process(name: str) -> None:
     """Stop a command that uses one process (faiss spreads over cores and GPUs by itself) when several were launched."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput(
+        raise InputError(
             f"rq.{name} runs in one process, {os.environ['WORLD_SIZE']} were launched; start it with python -m rq.{name}"
         )
 
@@ -203,17 +216,22 @@ def peak_memory_gb() -> float:
 
 
 def _log_plainly() -> None:
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if is_first_process() else logging.ERROR)
 
 
+def show(text: str) -> None:
+    """Write a result that was asked for to standard output, where the log does not go."""
+    if is_first_process():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
 def command(name: str) -> Callable[[Callable[[list[str] | None], None]], Callable[..., None]]:
-    """Decorate `main(argv)`: plain log, its time and peak memory
-    at the end, and one line on stderr for what a user can correct.
-    """
+    """Decorate `main(argv)`: a plain log, time and peak memory in its last line, and the exit codes named above."""
 
     def decorate(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
         @functools.wraps(main)
@@ -227,9 +245,10 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], None]], Callabl
                 )
             try:
                 main(argv)
-            except (BadInput, OSError) as error:
+            except (InputError, OSError) as error:
                 line = " ".join(str(error).split())
-                raise SystemExit(f"rq.{name}: {line}") from error
+                sys.stderr.write(f"rq.{name}: {line}\n")
+                raise SystemExit(2) from error
             except KeyboardInterrupt:
                 raise SystemExit(f"rq.{name}: interrupted; unfinished outputs were removed") from None
             log.info("rq.%s: done in %.1f s, peak memory %.2f GB", name, time.monotonic() - start_s, peak_memory_gb())

@@ -1,6 +1,9 @@
 """Embeddings on disk, (N items, D dimensions) in one .npy, worked in chunks so that memory does not grow with N.
 
-N items, R rows of one chunk, D dimensions.
+    embeddings = open_embeddings(Path("E.npy"))
+    for start, chunk_RD in embeddings.chunks():    # rows start, start + 1, .., as a float32 copy
+
+N items, R rows of one chunk, S sampled rows, D dimensions.
 """
 
 import zipfile
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rq.command_line import BadInput
+from rq.files import InputError
 from rq.origin import Origin, Record, read_record
 
 CHUNK_BYTES = 128 * 2**20  # a chunk, its residual and its distances fit many times into the 6 GB promised
@@ -91,7 +94,7 @@ class Embeddings:
         # float64: a row of large finite values must not overflow to inf
         bad = np.flatnonzero(~np.isfinite(chunk_RD.sum(axis=1, dtype=np.float64)))
         if bad.size:
-            raise BadInput(f"{self.path}: row {start + bad[0]} has a NaN or infinite value; embed that item again")
+            raise InputError(f"{self.path}: row {start + bad[0]} has a NaN or infinite value; embed that item again")
 
 
 def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path | None = None) -> Embeddings:
@@ -99,12 +102,12 @@ def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path 
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except NOT_AN_ARRAY as error:
-        raise BadInput(f"{path}: not a plain .npy array ({error})") from error
+        raise InputError(f"{path}: not a plain .npy array ({error})") from error
     if not isinstance(mapped, np.ndarray) or mapped.ndim != 2 or mapped.dtype.kind != "f" or 0 in mapped.shape:
         shown = f"{mapped.dtype} {mapped.shape}" if isinstance(mapped, np.ndarray) else "an archive"
-        raise BadInput(f"{path}: holds {shown}; expected floats of shape (N items, D dimensions)")
+        raise InputError(f"{path}: holds {shown}; expected floats of shape (N items, D dimensions)")
     if n_items is not None and len(mapped) != n_items:
-        raise BadInput(
+        raise InputError(
             f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; embed that file again with rq.text2emb"
         )
-    return Embeddings(path, *mapped.shape, record=read_record(path, mapped))
+    return Embeddings(path, len(mapped), mapped.shape[1], record=read_record(path, mapped))

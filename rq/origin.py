@@ -1,20 +1,25 @@
 """Where embeddings come from: a small record beside X.npy, X.encoder.json, which quantizers copy into their checkpoints.
 
-Embeddings of two encoders can have the same width; codebooks of one give the other SIDs that mean nothing.
+    X.encoder.json  {"origin": {"encoder": "E.tfidf", "encoder_sha256": "3f2a90c1..", "pooling": "", ..}, "texts_sha256": ..}
+
+Embeddings of two encoders can have the same width, but the codebooks fitted to one encoder give meaningless SIDs to rows of
+another, so `check_fit` refuses the pair.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq.command_line import BadInput, log
-from rq.whole_files import whole_file
+from rq.files import InputError, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger("rq.origin")
 
 PROBED_ROWS = 64  # rows whose bytes tell whether a record still belongs to its .npy
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -31,8 +36,8 @@ class Origin:
     normalize: bool
     fields: str
 
-    def told(self) -> str:
-        """In words: 'Qwen3-0.6B (3f2a90c1), last pooling, 512 tokens, title,brand'."""
+    def in_words(self) -> str:
+        """For messages: 'Qwen3-0.6B (3f2a90c1), last pooling, 512 tokens, title,brand'."""
         parts = [f"{self.encoder} ({self.encoder_sha256[:8]})"]
         parts += [f"{self.pooling} pooling"] if self.pooling else []
         parts += [f"{self.max_len} tokens"] if self.max_len else []
@@ -48,10 +53,10 @@ def origin_from(record: object, *, where: Path) -> Origin:
     """The origin that a JSON file holds."""
     kinds = Origin.__annotations__
     if not isinstance(record, dict) or set(record) != set(kinds):
-        raise BadInput(f"{where}: expected the keys {', '.join(kinds)} of an encoder's record, as rq.text2emb writes it")
+        raise InputError(f"{where}: expected the keys {', '.join(kinds)} of an encoder's record, as rq.text2emb writes it")
     for name, kind in kinds.items():
         if type(record[name]) is not kind:
-            raise BadInput(f"{where}: {name} is {record[name]!r}, expected a value of type {kind.__name__}")
+            raise InputError(f"{where}: {name} is {record[name]!r}, expected a value of type {kind.__name__}")
     return Origin(**record)
 
 
@@ -113,11 +118,11 @@ def read_record(npy: Path, rows_ND: "np.ndarray") -> Record | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         origin, texts, rows = (record[name] for name in ("origin", "texts_sha256", "rows_sha256"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(
+        raise InputError(
             f"{path}: not a record of rq.text2emb ({type(error).__name__}: {error}); remove it to go without"
         ) from error
     if rows != probe(rows_ND):
-        raise BadInput(
+        raise InputError(
             f"{path} is the record of other rows than {npy} holds now; embed again with rq.text2emb, or remove the record "
             "to go without"
         )
@@ -125,7 +130,7 @@ def read_record(npy: Path, rows_ND: "np.ndarray") -> Record | None:
 
 
 def check_fit(trained: Origin | None, given: Origin | None, *, checkpoint: Path, npy: Path) -> bool:
-    """Refuse embeddings of another encoder than the codebooks are of; False where that cannot be told."""
+    """InputError where embeddings and codebooks are of two encoders; False where one of them has no record."""
     if trained is None or given is None:
         log.warning(
             "%s does not say which encoder it is of: it cannot be checked that %s and %s belong together",
@@ -135,8 +140,8 @@ def check_fit(trained: Origin | None, given: Origin | None, *, checkpoint: Path,
         )
         return False
     if not trained.fits(given):
-        raise BadInput(
-            f"{checkpoint} is of {trained.told()}; {npy} is of {given.told()}; embed with the encoder and the flags of the "
-            f"checkpoint, or train on these embeddings (or, to use them all the same, remove {record_file(npy)})"
+        raise InputError(
+            f"{checkpoint} is of {trained.in_words()}; {npy} is of {given.in_words()}; embed with the encoder and the flags "
+            f"of the checkpoint, or train on these embeddings (or, to use them all the same, remove {record_file(npy)})"
         )
     return True

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from rq import command_line, settings
 from rq.catalogue import plain, read_items
-from rq.command_line import BadInput, log
-from rq.generate_indices import read_index, sid_tokens
+from rq.command_line import log
+from rq.files import InputError, whole_file
+from rq.index_file import read_sids, sid_tokens
 from rq.tables import FIELD_NAMES, Table, read_table
 from rq.timestamps import Column, read_times
-from rq.whole_files import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,9 +91,9 @@ def filter_interactions(table: Table, *, known_items: Iterable[str], k_core: int
     import pandas as pd
 
     rows = table.rows
-    column = Column(table.names["time"], rows.time, table.place)
+    column = Column(table.names["time"], rows.time, table.where)
     times = read_times(column, dayfirst=dayfirst)
-    log.info("%s: %s read as %s", table.path, column.name, times.told)
+    log.info("%s: %s read as %s", table.path, column.name, times.in_words)
 
     dropped: dict[str, int] = {}
 
@@ -121,12 +121,15 @@ def filter_interactions(table: Table, *, known_items: Iterable[str], k_core: int
     if unreadable.any():
         log.info("  the first unreadable timestamp: %s", column.shown(unreadable.idxmax()))
     if rows.empty:
-        raise BadInput("no interaction is left; check the columns read, or give a smaller --k_core")
+        raise InputError("no interaction is left; check the columns read, or give a smaller --k_core")
     return rows.astype({"time": rows.time.dtype.numpy_dtype}).sort_values("time", kind="stable")
 
 
 def windows(rows: "pd.DataFrame", number_of: dict[str, int], *, max_history: int) -> list[list[Window]]:
-    """For each user, in order of time, one window for every row but the first."""
+    """For each user, in order of time, one window for every row but the first.
+
+    u bought items 0, 1 and 2 -> [[Window("u", (0,), 1, time), Window("u", (0, 1), 2, time)]]
+    """
     users: dict[str, list[tuple[int, float]]] = {}
     for user, item, time in zip(rows.user, rows.item, rows.time, strict=True):
         users.setdefault(user, []).append((number_of[item], time))
@@ -160,7 +163,10 @@ def split_windows(by_user: list[list[Window]], *, split: str) -> dict[str, list[
 
 
 def csv_row(window: Window, titles: Sequence[str], sids: Sequence[str]) -> list[object]:
-    """The cells of a window in the order of CSV_COLUMNS; the three history lists come from one list of ids."""
+    """The cells of a window in the order of CSV_COLUMNS; the three history lists come from one list of ids.
+
+    Window("u", (0, 1), 2, time) -> ["u", "['Pan', 'Tab']", "Bin", "[0, 1]", 2, "['<a_0><b_0>', '<a_1><b_0>']", "<a_2><b_0>"]
+    """
     history = list(window.history)
     return [
         window.user,
@@ -179,18 +185,18 @@ def read_numbers(ids_file: Path) -> dict[str, int]:
         with open(ids_file, encoding="utf-8", newline="") as file:
             numbers = {row["raw_id"].strip(): int(row["item_id"]) for row in csv.DictReader(file)}
     except (csv.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(
+        raise InputError(
             f"{ids_file}: not the table of ids that this command writes ({error}); --overwrite numbers anew"
         ) from error
     if list(numbers.values()) != list(range(len(numbers))):
-        raise BadInput(f"{ids_file}: the numbers are not 0, 1, .. in order, each raw id once; --overwrite numbers anew")
+        raise InputError(f"{ids_file}: the numbers are not 0, 1, .. in order, each raw id once; --overwrite numbers anew")
     return numbers
 
 
-def check_same_items(items: Sequence[dict], item_file: Path, numbers: dict[str, int], ids_file: Path) -> None:
-    """Stop unless the item file and the table of ids are of one run."""
+def check_same_items(items: Sequence[object], item_file: Path, numbers: dict[str, int], ids_file: Path) -> None:
+    """InputError unless the item file and the table of ids have equally many items, as those of one run have."""
     if len(items) != len(numbers):
-        raise BadInput(
+        raise InputError(
             f"{item_file} has {len(items):,} items, {ids_file} {len(numbers):,}: the two are not of one run; "
             "bring back the missing one, or number anew with --overwrite"
         )
@@ -207,7 +213,7 @@ def number_items(rows: "pd.DataFrame", ids_file: Path, *, renumber: bool, may_gr
     for raw_id in rows.item.drop_duplicates():
         numbers.setdefault(raw_id, len(numbers))
     if known and len(numbers) > known and not may_grow:
-        raise BadInput(
+        raise InputError(
             f"{ids_file}: {len(numbers) - known:,} items are not among its {known:,}; "
             "run once with --append to add them (published ids stay), then rq.text2emb and "
             "rq.generate_indices --append; or --overwrite to number anew"
@@ -221,7 +227,7 @@ def write_items(
     """First run: `.item.json`, the table of ids and the settings. An item already there keeps its number and its text."""
     item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
     if item_file.exists() and not (flags.append or flags.overwrite):
-        raise BadInput(
+        raise InputError(
             f"{item_file} exists; add --index for the CSVs, --append for new items, or --overwrite to number items anew"
         )
     published = read_items(item_file) if flags.append and item_file.exists() else []
@@ -246,14 +252,14 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings
     """Second run: the CSVs and the info file, with the SIDs of --index."""
     item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
     if not item_file.exists() or not ids_file.exists():
-        raise BadInput(f"{item_file} or {ids_file} is missing; run this command without --index first")
+        raise InputError(f"{item_file} or {ids_file} is missing; run this command without --index first")
     titles = [plain(item.get("title")) for item in read_items(item_file)]
-    index = read_index(flags.index)
+    index = read_sids(flags.index)
     if list(index) != list(range(len(titles))):
         missing = next((item for item in range(len(titles)) if item not in index), None)
-        told = f"item {missing} has no SID" if missing is not None else f"it has {len(index):,} items"
-        raise BadInput(
-            f"{flags.index}: {told}, {item_file} has {len(titles):,} items; bring the index up with "
+        fault = f"item {missing} has no SID" if missing is not None else f"it has {len(index):,} items"
+        raise InputError(
+            f"{flags.index}: {fault}, {item_file} has {len(titles):,} items; bring the index up with "
             f"rq.generate_indices --append"
         )
     sids = ["".join(sid_tokens(codes)) for codes in index.values()]
@@ -267,9 +273,9 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings
     info_file = flags.output_dir / f"{flags.name}.info.txt"
     for path in (*targets.values(), info_file):
         if path.resolve() in (flags.interactions.resolve(), flags.items.resolve()):
-            raise BadInput(f"{path} is also an input of this run; give another --name or --output_dir")
+            raise InputError(f"{path} is also an input of this run; give another --name or --output_dir")
         if path.exists() and not flags.overwrite:
-            raise BadInput(f"{path} exists; give --overwrite to replace it, or another --output_dir")
+            raise InputError(f"{path} exists; give --overwrite to replace it, or another --output_dir")
     with contextlib.ExitStack() as stack:
         for part, part_windows in parts.items():
             writer = csv.writer(stack.enter_context(whole_file(targets[part])), lineterminator="\n")
@@ -340,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
         add(f"--{field}_column", metavar="NAME", help=f"column of the {field} ({', '.join(FIELD_NAMES[field])})")
     flags = parser.parse_args(argv)
     if flags.append and flags.index:
-        raise BadInput("--append adds items, which have no SID yet; run it without --index first")
+        raise InputError("--append adds items, which have no SID yet; run it without --index first")
     settings_path = settings.settings_file(flags.output_dir, flags.name)
     remembered = settings.read_settings(settings_path)
     settings.fill_in(flags, remembered, path=settings_path)
@@ -357,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = filter_interactions(interactions, known_items=items, k_core=flags.k_core, dayfirst=flags.dayfirst)
     kept_settings = settings.to_keep(flags, remembered, rows_kept=len(rows))
     if flags.index:
-        settings.tell_other_rows(flags, remembered, rows_kept=len(rows))
+        settings.log_other_rows(flags, remembered, rows_kept=len(rows))
         write_csvs(flags, rows, kept_settings=kept_settings)
     else:
         write_items(flags, rows, items, kept_settings=kept_settings)

@@ -1,6 +1,11 @@
 """The one quantizer behind all five methods: encoder -> residual codebooks -> decoder, and its checkpoint.
 
 The k-means family has the identity for encoder and decoder; RQ-VAE and RQ-KMeans+ put networks there.
+
+    quantizer = load_checkpoint(Path("Shop.rqkmeans"))
+    codes_NL = quantizer.codes(x_ND)          # [[12, 3, 255], [7, 0, 31]]: item 0 is nearest to codeword 12 of level 1, ..
+    quantizer.reconstruction(codes_NL)        # (N, D): the sums of the codewords, decoded
+
 N items, R rows of a chunk, L levels, K centroids of a level, D input dimensions, Z latent dimensions, B beams.
 """
 
@@ -17,10 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rq.clustering import sinkhorn_prices, squared_distances
-from rq.command_line import BadInput
 from rq.embeddings import NOT_AN_ARRAY, Embeddings
+from rq.files import InputError, whole_path
 from rq.origin import Origin, check_fit, origin_from
-from rq.whole_files import whole_path
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 NETWORK_METHODS = ("rqvae", "rqkmeans_plus")
@@ -294,14 +298,14 @@ def choose_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(
+        raise InputError(
             f"--device {name}: not usable here ({str(error).splitlines()[0]}); give --device cpu or auto"
         ) from error
     return name
 
 
 def is_of_these(quantizer: Quantizer, embeddings: Embeddings, *, checkpoint: Path) -> bool:
-    """Refuse embeddings of another encoder than the quantizer's; False where that cannot be told."""
+    """InputError where embeddings and quantizer are of two encoders; False where one of them has no record."""
     return check_fit(quantizer.design.origin, embeddings.origin, checkpoint=checkpoint, npy=embeddings.path)
 
 
@@ -325,7 +329,7 @@ def load_checkpoint(
     """The quantizer saved in a folder, or one of the plain codebooks `codebook_0 .. codebook_{L-1}` of an .npz file."""
     quantizer = _load_codebooks(path) if path.suffix == ".npz" else _load_folder(path)
     if n_dims is not None and quantizer.design.n_dims != n_dims:
-        raise BadInput(
+        raise InputError(
             f"{path}: made for embeddings of {quantizer.design.n_dims} dimensions, {data_path} has {n_dims}; "
             "give the embeddings it was trained on, or train again"
         )
@@ -337,7 +341,7 @@ def _load_folder(folder: Path) -> Quantizer:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(
+        raise InputError(
             f"{folder}: not a quantizer checkpoint ({error}); expected a folder with {CONFIG} and {WEIGHTS}"
         ) from error
     try:
@@ -345,19 +349,19 @@ def _load_folder(folder: Path) -> Quantizer:
             config["origin"] = origin_from(config["origin"], where=folder / CONFIG)
         design = Design(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
     except (AttributeError, TypeError) as error:
-        raise BadInput(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
+        raise InputError(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
     if design.method not in METHODS:
-        raise BadInput(f"{folder / CONFIG}: method {design.method!r} is none of {', '.join(METHODS)}")
+        raise InputError(f"{folder / CONFIG}: method {design.method!r} is none of {', '.join(METHODS)}")
     try:
         quantizer = Quantizer(design)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
+        raise InputError(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
     expected = quantizer.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
         came = tuple(tensors[name].shape) if name in tensors else "no such tensor"
         if wanted != came:
-            raise BadInput(
+            raise InputError(
                 f"{folder / WEIGHTS}: {name} is {came}, {CONFIG} asks for {wanted}; the two are not of one checkpoint"
             )
     quantizer.load_state_dict(tensors)
@@ -369,8 +373,8 @@ def _load_codebooks(path: Path) -> Quantizer:
         with np.load(path, allow_pickle=False) as archive:
             codebooks = [archive[f"codebook_{level}"] for level in range(len(archive.files))]
     except (*NOT_AN_ARRAY, KeyError, OSError, TypeError) as error:
-        raise BadInput(f"{path}: {error}; expected arrays codebook_0, codebook_1, .. of shape (K, D)") from error
+        raise InputError(f"{path}: {error}; expected arrays codebook_0, codebook_1, .. of shape (K, D)") from error
     if not codebooks or any(book.ndim != 2 or book.shape[1] != codebooks[0].shape[1] for book in codebooks):
-        raise BadInput(f"{path}: shapes {[book.shape for book in codebooks]}; expected (K, D) with one D for every level")
+        raise InputError(f"{path}: shapes {[book.shape for book in codebooks]}; expected (K, D) with one D for every level")
     design = Design("rqkmeans", codebooks[0].shape[1], tuple(len(book) for book in codebooks))
     return quantizer_from_codebooks(design, [book.astype(np.float32) for book in codebooks])

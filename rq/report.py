@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rq import command_line
-from rq.command_line import BadInput, log
-from rq.generate_indices import read_index
-from rq.whole_files import whole_path
+from rq.command_line import log
+from rq.files import InputError, whole_file, whole_path
+from rq.index_file import Sid, check_codes, read_sids
+from rq.publishing import MEASURED_ITEMS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +93,7 @@ def level_use(codes_N: "np.ndarray", size: int | None) -> Level:
     return Level(size, len(codes_N), uses_K, int((uses_K > 0).sum()), perplexity(uses_K), gini(uses_K))
 
 
-def describe(name: str, index: dict[int, tuple[int, ...]], *, sizes: tuple[int, ...] | None) -> Report:
+def describe(name: str, index: dict[int, Sid], *, sizes: tuple[int, ...] | None) -> Report:
     """The report of an index, reconstruction aside."""
     import numpy as np
 
@@ -103,7 +104,7 @@ def describe(name: str, index: dict[int, tuple[int, ...]], *, sizes: tuple[int, 
         codes_N = np.array([codes[depth] for codes in index.values() if len(codes) > depth])
         size = sizes[depth] if sizes and depth < len(sizes) else None
         if size and codes_N.max() >= size:
-            raise BadInput(
+            raise InputError(
                 f"{name}: code {codes_N.max()} at level {depth + 1}, whose codebook holds 0..{size - 1}; "
                 "give its own --levels"
             )
@@ -112,8 +113,8 @@ def describe(name: str, index: dict[int, tuple[int, ...]], *, sizes: tuple[int, 
     return Report(name, len(index), len(groups), shared, max(groups.values()), shared_before, levels)
 
 
-def full_depth(index: dict[int, tuple[int, ...]]) -> int:
-    """Levels that every item has; one more on some items only tells collisions apart."""
+def full_depth(index: dict[int, Sid]) -> int:
+    """How many levels every item has: 3 where some SIDs have a fourth, collision-breaking token."""
     return min(map(len, index.values()))
 
 
@@ -135,11 +136,9 @@ def refitted_errors(x_ND: "np.ndarray", codes_NL: "np.ndarray") -> list[float]:
     return errors
 
 
-def add_errors(report: Report, index: dict[int, tuple[int, ...]], embeddings: "Embeddings", checkpoint: Path | None) -> None:
+def add_errors(report: Report, index: dict[int, Sid], embeddings: "Embeddings", checkpoint: Path | None) -> None:
     """Reconstruction errors of a report, over up to MEASURED_ITEMS rows."""
     import numpy as np
-
-    from rq.generate_indices import MEASURED_ITEMS, check_codes
 
     measured = embeddings.spread(MEASURED_ITEMS)
     x_RD = embeddings.rows(measured)
@@ -314,7 +313,7 @@ def short_names(paths: list[Path]) -> list[str]:
 
 @command_line.command("report")
 def main(argv: list[str] | None = None) -> None:
-    """Indexes -> a table in the log and in --table, a picture in --output."""
+    """Indexes -> a table on standard output and in --table, a picture in --output."""
     parser = command_line.parser("report", __doc__, shared=("data_path", "output", "overwrite"))
     parser.add_argument("index", nargs="+", type=command_line.existing, metavar="X.index.json")
     parser.add_argument(
@@ -337,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from rq.embeddings import open_embeddings
 
-    indexes = [read_index(path) for path in flags.index]
+    indexes = [read_sids(path) for path in flags.index]
     reports = []
     for name, index, checkpoint in zip(short_names(flags.index), indexes, checkpoints, strict=True):
         sizes = flags.levels
@@ -351,10 +350,10 @@ def main(argv: list[str] | None = None) -> None:
             add_errors(report, index, embeddings, checkpoint)
         reports.append(report)
     text = table(reports)
-    log.info("%s", text)
+    command_line.show(text)
     if flags.table:
-        with whole_path(flags.table) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        with whole_file(flags.table) as file:
+            file.write(text + "\n")
     if flags.output:
         draw(reports, flags.output)
         log.info("wrote %s", flags.output)
@@ -363,15 +362,15 @@ def main(argv: list[str] | None = None) -> None:
 def read_checkpoint_flags(flags: argparse.Namespace) -> list[Path | None]:
     """--ckpt_path as one path or None for each index."""
     if flags.ckpt_path and len(flags.ckpt_path) != len(flags.index):
-        raise BadInput(
+        raise InputError(
             f"--ckpt_path has {len(flags.ckpt_path)} entries for {len(flags.index)} indexes; give one each, - for none"
         )
     if flags.ckpt_path and flags.data_path is None:
-        raise BadInput("--ckpt_path: give --data_path too, reconstruction error needs the embeddings")
+        raise InputError("--ckpt_path: give --data_path too, reconstruction error needs the embeddings")
     checkpoints = [None if path == "-" else Path(path) for path in flags.ckpt_path] or [None] * len(flags.index)
     for path in checkpoints:
         if path is not None and not path.exists():
-            raise BadInput(f"--ckpt_path {path}: no such file")
+            raise InputError(f"--ckpt_path {path}: no such file")
     return checkpoints
 
 

@@ -5,8 +5,8 @@ S sampled rows, K centroids of a level, D dimensions.
 
 from typing import TYPE_CHECKING
 
-from rq import command_line, generate_indices
-from rq.command_line import BadInput
+from rq import command_line, publishing
+from rq.files import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,7 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
 
     for size in levels:
         if size & (size - 1):
-            raise BadInput(
+            raise InputError(
                 f"--levels {','.join(map(str, levels))}: faiss takes powers of two only, {size} is none; use rq.rqkmeans"
             )
     n_bits = faiss.UInt64Vector()
@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     from rq import clustering, quantizers
 
     device = quantizers.choose_device(flags.device)
-    embeddings = generate_indices.open_data(flags)
+    embeddings = publishing.open_data(flags)
     sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
     quantizer = fit(sample_SD, flags.levels, beam=flags.beam, seed=flags.seed)
     del sample_SD
-    generate_indices.finish(quantizer.to(device), embeddings, flags)
+    publishing.finish(quantizer.to(device), embeddings, flags)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ N items, S sampled rows, L levels, D dimensions.
 
 from typing import TYPE_CHECKING
 
-from rq import command_line, generate_indices
+from rq import command_line, publishing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     from rq import clustering, quantizers
 
     device = quantizers.choose_device(flags.device)
-    embeddings = generate_indices.open_data(flags)
+    embeddings = publishing.open_data(flags)
     sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
     quantizer = fit(sample_SD, flags.levels, seed=flags.seed, rounds=flags.rounds, device=device)
     del sample_SD
-    generate_indices.finish(quantizer.to(device), embeddings, flags)
+    publishing.finish(quantizer.to(device), embeddings, flags)
 
 
 if __name__ == "__main__":

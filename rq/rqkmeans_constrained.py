@@ -10,7 +10,7 @@ S sampled rows, L levels, D dimensions.
 import argparse
 from typing import TYPE_CHECKING
 
-from rq import command_line, generate_indices
+from rq import command_line, publishing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,13 +71,13 @@ def main(argv: list[str] | None = None) -> None:
     from rq import clustering, quantizers
 
     device = quantizers.choose_device(flags.device)
-    embeddings = generate_indices.open_data(flags)
+    embeddings = publishing.open_data(flags)
     sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
     quantizer = fit(
         sample_SD, flags.levels, slack=flags.slack, epsilon=flags.sinkhorn_epsilon, seed=flags.seed, device=device
     )
     del sample_SD
-    generate_indices.finish(quantizer.to(device), embeddings, flags)
+    publishing.finish(quantizer.to(device), embeddings, flags)
 
 
 if __name__ == "__main__":

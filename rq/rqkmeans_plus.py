@@ -7,8 +7,8 @@ training starts from balanced RQ-KMeans exactly and keeps the best it meets.
 
 from typing import TYPE_CHECKING
 
-from rq import command_line, generate_indices, rqkmeans_constrained, training_flags
-from rq.command_line import BadInput
+from rq import command_line, publishing, rqkmeans_constrained, training_flags
+from rq.files import InputError
 
 if TYPE_CHECKING:
     import argparse
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     rqkmeans_constrained.add_balance_flags(parser)
     flags = parser.parse_args(argv)
     if len(training_flags.sinkhorn_epsilons(flags)) != len(flags.levels):
-        raise BadInput(
+        raise InputError(
             f"--sinkhorn_epsilons {flags.sinkhorn_epsilons}: give one number for each of {len(flags.levels)} levels"
         )
     command_line.refuse_to_overwrite(flags)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     from rq import clustering, quantizers, training
 
     flags.device = quantizers.choose_device(flags.device)
-    embeddings = generate_indices.open_data(flags)
+    embeddings = publishing.open_data(flags)
     sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
     if flags.resume_from_checkpoint:
         quantizer = training.resume(flags, method="rqkmeans_plus", embeddings=embeddings)
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         quantizer = warm_start(sample_SD, flags)
     quantizer = training.train(quantizer, embeddings, sample_SD, flags)
     if command_line.is_first_process():
-        generate_indices.finish(quantizer, embeddings, flags)
+        publishing.finish(quantizer, embeddings, flags)
 
 
 if __name__ == "__main__":

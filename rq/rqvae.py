@@ -5,8 +5,8 @@ TIGER (https://arxiv.org/abs/2305.05065) on residual quantization as in SoundStr
 initialisation, straight-through gradient, Sinkhorn-balanced last level (LC-Rec), dead codes revived.
 """
 
-from rq import command_line, generate_indices, training_flags
-from rq.command_line import BadInput
+from rq import command_line, publishing, training_flags
+from rq.files import InputError
 
 
 @command_line.command("rqvae")
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     epsilons = training_flags.sinkhorn_epsilons(flags)
     if len(epsilons) != len(flags.levels):
-        raise BadInput(f"--sinkhorn_epsilons has {len(epsilons)} numbers, --levels {len(flags.levels)}; give one a level")
+        raise InputError(f"--sinkhorn_epsilons has {len(epsilons)} numbers, --levels {len(flags.levels)}; give one a level")
     command_line.refuse_to_overwrite(flags)
 
     import torch
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     from rq import clustering, quantizers, training
 
     flags.device = quantizers.choose_device(flags.device)
-    embeddings = generate_indices.open_data(flags)
+    embeddings = publishing.open_data(flags)
     sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
     if flags.resume_from_checkpoint:
         quantizer = training.resume(flags, method="rqvae", embeddings=embeddings)
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         training.initialise(quantizer, sample_SD, seed=flags.seed)
     quantizer = training.train(quantizer, embeddings, sample_SD, flags)
     if command_line.is_first_process():
-        generate_indices.finish(quantizer, embeddings, flags)
+        publishing.finish(quantizer, embeddings, flags)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""What rq.prepare was told, kept beside its outputs in NAME.prepare.json, so that the run with --index reads the tables
-as the run that numbered the items did.
+"""The flags of rq.prepare, kept beside its outputs, so that the run with --index reads the tables as the run before did.
+
+    NAME.prepare.json  {"user_column": null, .., "k_core": 5, .., "interactions": "orders.csv", "rows_kept": 81}
+
+A flag left out takes the value that is kept; a flag that differs from it is obeyed, and named with what it does.
 """
 
 import argparse
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from rq.command_line import BadInput, log
+from rq.files import InputError
 from rq.tables import FIELD_NAMES
+
+log = logging.getLogger("rq.settings")
 
 SPLITS = ("global", "leave_one_out")
 COLUMNS = tuple(f"{field}_column" for field in FIELD_NAMES)
@@ -51,12 +57,12 @@ def read_settings(path: Path) -> dict[str, object] | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         wrong = next((name for name, good in _GOOD.items() if not good(kept[name])), None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(
+        raise InputError(
             f"{path}: not settings of rq.prepare ({type(error).__name__}: {error}); "
             "remove the file, and give the flags of the first run again"
         ) from error
     if wrong:
-        raise BadInput(f"{path}: {wrong} is {kept[wrong]!r}; mend it, or remove the file and give the flags again")
+        raise InputError(f"{path}: {wrong} is {kept[wrong]!r}; mend it, or remove the file and give the flags again")
     return kept
 
 
@@ -66,8 +72,8 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
     One line says what was taken over, and one for each flag what it does that it differs from the value remembered.
     """
     anew = not (flags.index or flags.append)
-    told = {name: value for name, value in (remembered or {}).items() if value is not None}
-    before = {**DEFAULTS, **told}
+    given_before = {name: value for name, value in (remembered or {}).items() if value is not None}
+    before = {**DEFAULTS, **given_before}
     taken = []
     for name, default in DEFAULTS.items():
         if getattr(flags, name) is None:
@@ -75,7 +81,7 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
             if not anew and before[name] != default:
                 taken.append(f"--{name} {before[name]}")
         value = getattr(flags, name)
-        open_before = name in OF_THE_CSVS and (anew or name not in told)
+        open_before = name in OF_THE_CSVS and (anew or name not in given_before)
         if remembered and value != before[name] and not open_before:
             log.warning("--%s is %s, in the run before it was %s: %s", name, value, before[name], EFFECTS[name])
     if taken:
@@ -98,7 +104,7 @@ def to_keep(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
     return json.dumps(used, indent=1, ensure_ascii=False) + "\n"
 
 
-def tell_other_rows(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> None:
+def log_other_rows(flags: argparse.Namespace, remembered: dict[str, object] | None, *, rows_kept: int) -> None:
     """One line where this run keeps other rows than the run that numbered the items."""
     now = {"interactions": flags.interactions.name, "rows_kept": rows_kept}
     if remembered and any(remembered[name] != value for name, value in now.items()):

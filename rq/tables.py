@@ -1,19 +1,30 @@
-"""A user's own tables: CSV, Parquet and JSON lines, the columns found by the names that such files have."""
+"""A user's own tables: CSV, Parquet and JSON lines, the columns found by the names that such files have.
+
+    orders.csv  reviewerID,asin,unixReviewTime
+                A53,B00X,1465862400
+    read_table(Path("orders.csv"), ("user", "item", "time"), names={})
+        -> Table(rows: columns user, item, time; names: {"user": "reviewerID", "item": "asin", "time": "unixReviewTime"})
+
+A file that cannot be read is refused by its name, and by its line where one line is at fault.
+"""
 
 import ast
 import csv
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rq.command_line import BadInput, log
+from rq.files import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger("rq.tables")
 
 # What a field may be called in a user's own table, in Amazon Reviews 2014/2018 and in 2023; the first one present is
 # read. Case and blanks around a name do not matter.
@@ -39,7 +50,7 @@ class Table:
     rows: "pd.DataFrame"
     names: dict[str, str]  # field -> what the file calls it
 
-    def place(self, row: int) -> str:
+    def where(self, row: int) -> str:
         """Where a row stands in the file: 7 -> 'orders.csv:9'. Reads the file again: for messages only."""
         try:
             return f"{self.path}:{_line_of_row(self.path, row)}"
@@ -51,7 +62,7 @@ def read_table(path: Path, fields: Sequence[str], *, names: dict[str, str | None
     """The columns `fields` of a CSV, Parquet or JSON-lines file (.gz too); `names` has the columns given by flags."""
     import pandas as pd
 
-    candidates = {field: (names[field],) if names.get(field) else FIELD_NAMES[field] for field in fields}
+    candidates = {field: (given,) if (given := names.get(field)) else FIELD_NAMES[field] for field in fields}
     kind = _kind(path)
     if kind in ("csv", "tsv"):
         raw = _read_csv(path)
@@ -65,14 +76,14 @@ def read_table(path: Path, fields: Sequence[str], *, names: dict[str, str | None
     for field in fields:
         at = _find(raw.columns, candidates[field], path=path)
         if at is None and field not in optional:
-            raise BadInput(_no_column(path, raw.columns, field, candidates[field]))
+            raise InputError(_no_column(path, raw.columns, field, candidates[field]))
         columns[field] = "" if at is None else raw.iloc[:, at]
         if at is not None:
             found[field] = str(raw.columns[at]).strip()
     if raw.empty:
-        raise BadInput(f"{path}: no row under the header; expected one row for each record")
-    told = ", ".join(f"{field} from {name}" for field, name in found.items())
-    log.info("%s: %s rows, %s", path, f"{len(raw):,}", told)
+        raise InputError(f"{path}: no row under the header; expected one row for each record")
+    found_as = ", ".join(f"{field} from {name}" for field, name in found.items())
+    log.info("%s: %s rows, %s", path, f"{len(raw):,}", found_as)
     return Table(path, pd.DataFrame(columns, index=raw.index), found)
 
 
@@ -82,13 +93,13 @@ def _kind(path: Path) -> str:
     kind = name.removesuffix(".gz").rpartition(".")[2]
     expected = "expected .csv, .tsv, .json or .jsonl (one object a line), each also as .gz, or .parquet"
     if path.is_dir() and kind != "parquet":
-        raise BadInput(f"{path}: a folder; {expected}")
+        raise InputError(f"{path}: a folder; {expected}")
     if kind not in KINDS or name.endswith(".parquet.gz"):
-        raise BadInput(f"{path}: a file of kind .{name.rpartition('.')[2]}; {expected}; unpack or convert it first")
+        raise InputError(f"{path}: a file of kind .{name.rpartition('.')[2]}; {expected}; unpack or convert it first")
     return kind
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
@@ -100,13 +111,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}:{number}: not UTF-8 text ({_told(path, error)}); save the file as UTF-8") from error
+        raise InputError(f"{path}:{number}: not UTF-8 text ({_explained(path, error)}); save the file as UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: broken gzip data after line {number} ({_told(path, error)}); fetch it anew") from error
+        raise InputError(
+            f"{path}: broken gzip data after line {number} ({_explained(path, error)}); fetch it anew"
+        ) from error
 
 
-def _told(path: Path, error: Exception) -> str:
-    """The error, and what the file is in truth where its first bytes tell."""
+def _explained(path: Path, error: Exception) -> str:
+    """The error, and the kind of file that its first bytes show: "invalid start byte; its first bytes are those of gzip"."""
     with open(path, "rb") as file:
         start = file.read(4)
     really = next((kind for magic, kind in FIRST_BYTES.items() if start.startswith(magic)), None)
@@ -149,9 +162,9 @@ def _read_csv(path: Path) -> "pd.DataFrame":
     try:
         _, header = next(_csv_rows(path))
     except StopIteration:
-        raise BadInput(f"{path}: the file is empty; expected a header and rows") from None
+        raise InputError(f"{path}: the file is empty; expected a header and rows") from None
     except csv.Error as error:
-        raise BadInput(f"{path}: {error} in the header; expected names of columns") from error
+        raise InputError(f"{path}: {error} in the header; expected names of columns") from error
     compression = "gzip" if path.name.lower().endswith(".gz") else None
     try:
         with warnings.catch_warnings():
@@ -169,11 +182,11 @@ def _read_csv(path: Path) -> "pd.DataFrame":
                 compression=compression,
             )
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        told = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        fault = str(error).removeprefix("Error tokenizing data. C error: ").strip()
         if isinstance(error, pd.errors.ParserWarning):
-            told = "the first row has more cells than the header"
-        raise BadInput(
-            f"{path}: {told}; expected {len(header)} cells in each row; put a cell that holds the separator in quotes"
+            fault = "the first row has more cells than the header"
+        raise InputError(
+            f"{path}: {fault}; expected {len(header)} cells in each row; put a cell that holds the separator in quotes"
         ) from error
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile):
         for _ in _lines(path):  # names the line
@@ -193,7 +206,7 @@ def _read_parquet(path: Path) -> "pd.DataFrame":
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise BadInput(f"{path}: not a Parquet file that can be read ({error}); write or fetch it anew") from error
+        raise InputError(f"{path}: not a Parquet file that can be read ({error}); write or fetch it anew") from error
 
 
 def _read_json_lines(path: Path, wanted: set[str]) -> Iterator[dict]:
@@ -205,13 +218,13 @@ def _read_json_lines(path: Path, wanted: set[str]) -> Iterator[dict]:
         except (ValueError, RecursionError):
             record = _python_literal(line)  # the 2014 metadata are Python dicts
         if not isinstance(record, dict):
-            raise BadInput(f"{path}:{number}: expected one JSON object a line, came {line.strip()[:60]!r}")
+            raise InputError(f"{path}:{number}: expected one JSON object a line, came {line.strip()[:60]!r}")
         kept = {name: value for name, value in record.items() if _plain_name(name) in wanted}
         if "\\u" in line:
             try:
                 json.dumps(kept, ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError as error:
-                raise BadInput(f"{path}:{number}: half a character ({error.reason}); mend or remove that text") from error
+                raise InputError(f"{path}:{number}: half a character ({error.reason}); mend or remove that text") from error
         yield kept
 
 
@@ -232,7 +245,7 @@ def _find(columns: "pd.Index", candidates: Sequence[str], *, path: Path) -> int 
         for candidate in candidates:
             at = [position for position, name in enumerate(columns) if spelled(name) == spelled(candidate)]
             if len(at) > 1:
-                raise BadInput(f"{path}: {len(at)} columns are called {candidate!r}; rename or remove all but one")
+                raise InputError(f"{path}: {len(at)} columns are called {candidate!r}; rename or remove all but one")
             if at:
                 return at[0]
     return None

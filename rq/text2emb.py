@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from rq import command_line
 from rq.catalogue import TEXT_FIELDS, item_text, read_items
-from rq.command_line import BadInput, log
+from rq.command_line import log
+from rq.files import InputError, whole_path
 from rq.origin import Origin, sha256_of, sha256_of_weights, write_record
-from rq.whole_files import whole_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def fit_tfidf(texts: Sequence[str], *, n_dims: int, seed: int) -> tuple[list[str
     try:
         weights_NV = vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise BadInput(f"no text to fit TF-IDF on ({error}); check --fields") from error
+        raise InputError(f"no text to fit TF-IDF on ({error}); check --fields") from error
     possible = min(n_dims, *weights_NV.shape)
     if possible < n_dims:
         log.info("%s dimensions instead of %s: no more in %s texts of %s words", possible, n_dims, *weights_NV.shape)
@@ -77,7 +77,7 @@ def load_tfidf(folder: Path) -> tuple[list[str], "np.ndarray", "np.ndarray"]:
         tensors = load_file(folder / WEIGHTS)
         return words, tensors["idf"], tensors["components"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise BadInput(f"{folder}: not a TF-IDF encoder saved by rq.text2emb ({error})") from error
+        raise InputError(f"{folder}: not a TF-IDF encoder saved by rq.text2emb ({error})") from error
 
 
 def embed_with_tfidf(
@@ -112,12 +112,10 @@ def choose_pooling(encoder: str, config: object) -> str:
     """What the encoder's own sentence-transformers file says; else last for causal models, mean for the others."""
     from transformers.utils import cached_file
 
-    found = cached_file(
-        encoder,
-        "1_Pooling/config.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        found = cached_file(encoder, "1_Pooling/config.json")
+    except OSError:  # an encoder without this file, or without a connection to look for it
+        found = None
     if found:
         modes = json.loads(Path(found).read_text(encoding="utf-8"))
         for mode, pooling in (("lasttoken", "last"), ("cls_token", "first"), ("mean_tokens", "mean")):
@@ -143,7 +141,7 @@ class HuggingFaceEncoder:
             self.folder = Path(cached_file(name, "config.json")).parent
         except (OSError, ValueError, SafetensorError) as error:
             first_line = str(error).strip().splitlines()[0]
-            raise BadInput(f"--encoder {name}: {first_line} Expected tfidf, a folder, or a Hugging Face name") from error
+            raise InputError(f"--encoder {name}: {first_line} Expected tfidf, a folder, or a Hugging Face name") from error
         config = model.config
         self.model = (model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model).to(device).eval()
         self.n_dims = config.hidden_size
@@ -211,7 +209,7 @@ def write_tfidf(texts: Sequence[str], flags: argparse.Namespace) -> None:
     folder = flags.output.with_suffix(".tfidf")
     if flags.encoder == "tfidf":
         if folder.exists() and not flags.overwrite:
-            raise BadInput(
+            raise InputError(
                 f"{folder} exists; give it as --encoder to embed alike, --overwrite to fit anew, or another --output"
             )
         fitted = fit_tfidf(texts, n_dims=flags.dim, seed=flags.seed)
@@ -333,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     flags.output = flags.output or default_output(flags.item_file, flags.encoder)
     if flags.output.suffix != ".npy":
-        raise BadInput(f"--output {flags.output}: give it a name that ends in .npy")
+        raise InputError(f"--output {flags.output}: give it a name that ends in .npy")
     command_line.refuse_to_overwrite(flags, outputs=("output",))
 
     fields = [field for field in flags.fields.split(",") if field]
@@ -343,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     empty = sum(not text for text in texts)
     log.info("%s items, %s with no text in %s (their rows are zero)", f"{len(texts):,}", f"{empty:,}", ", ".join(fields))
     if empty == len(texts):
-        raise BadInput(f"{flags.item_file}: no item has text in {', '.join(fields)}; check --fields")
+        raise InputError(f"{flags.item_file}: no item has text in {', '.join(fields)}; check --fields")
     if flags.encoder == "tfidf" or (Path(flags.encoder) / VOCABULARY).exists():
         command_line.single_process("text2emb --encoder tfidf")
         write_tfidf(texts, flags)

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from rq.command_line import BadInput
+from rq.files import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ EXPECTED = (
     "or seconds, milli-, micro- or nanoseconds since 1970"
 )
 
-MONTHS = ("january", "february", "march", "april", "may", "june")
+MONTHS: tuple[str, ...] = ("january", "february", "march", "april", "may", "june")
 MONTHS += ("july", "august", "september", "october", "november", "december")
 _YEAR = r"(?P<year>\d{4}|\d\d)"
 _MONTH = r"(?P<name>[a-z]{3,9})\.?"
@@ -60,24 +60,24 @@ _FORMATS = [
 
 @dataclass(frozen=True)
 class Column:
-    """A column of timestamps as it came, and how to say where a row stands: 7 -> 'orders.csv:9'."""
+    """A column of timestamps as read from a file, and where a row stands in it: where(7) -> 'orders.csv:9'."""
 
     name: str
     cells: "pd.Series"
-    place: Callable[[int], str]
+    where: Callable[[int], str]
 
     def shown(self, row: int) -> str:
-        """One cell with its place, for a message."""
-        return f"{self.place(row)}: {str(self.cells[row])[:60]!r}"
+        """A cell and where it stands, for a message: "orders.csv:9: 'soon'"."""
+        return f"{self.where(row)}: {str(self.cells[row])[:60]!r}"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Numbers that grow with time, <NA> where a cell is empty or unreadable, and the reading in words."""
+    """Numbers that grow with time, <NA> for a cell that is empty or unreadable; `in_words`: "dates with the day first"."""
 
     order: "pd.Series"
     empty: "pd.Series"
-    told: str
+    in_words: str
 
 
 def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
@@ -91,9 +91,9 @@ def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
     cells = column.cells
     empty = cells.isna()
     if cells.dtype.kind == "M":
-        order, told = _moments(cells[~empty])
+        order, reading = _moments(cells[~empty])
     elif cells.dtype.kind in "iuf":
-        order, told = _numbers(column, cells[~empty])
+        order, reading = _numbers(column, cells[~empty])
     else:
         text = cells.astype(object).map(_text).astype("str")
         empty = text.isin(MISSING)
@@ -106,12 +106,12 @@ def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
             _contradict(column, formats)
         if numeric.any():
             _refuse_rounded(column, present[numeric])
-            order, told = _numbers(column, pd.to_numeric(present[numeric]))
+            order, reading = _numbers(column, pd.to_numeric(present[numeric]))
         else:
-            order, told = _dates(column, present, moments, numbered, dayfirst=dayfirst)
+            order, reading = _dates(column, present, moments, numbered, dayfirst=dayfirst)
     order = order.reindex(cells.index)
     _refuse_if_not_understood(column, unreadable=order.isna() & ~empty, present=~empty)
-    return Reading(order, empty, told)
+    return Reading(order, empty, reading)
 
 
 def _text(cell: object) -> str:
@@ -123,7 +123,7 @@ def _text(cell: object) -> str:
 def _contradict(column: Column, kinds: dict[str, int]) -> NoReturn:
     """Refuse a column whose rows are of two kinds, {kind in words: a row}."""
     (one, row), (other, other_row) = list(kinds.items())[:2]
-    raise BadInput(
+    raise InputError(
         f"column {column.name!r} holds two kinds of timestamps: {column.shown(row)} ({one}) and "
         f"{column.shown(other_row)} ({other}); write all rows in one way, or empty the cells that cannot be mended"
     )
@@ -131,13 +131,13 @@ def _contradict(column: Column, kinds: dict[str, int]) -> NoReturn:
 
 def _refuse_if_not_understood(column: Column, *, unreadable: "pd.Series", present: "pd.Series") -> None:
     if not present.any():
-        raise BadInput(
-            f"column {column.name!r}: every cell is empty, the first at {column.place(present.index[0])}; {EXPECTED}; "
+        raise InputError(
+            f"column {column.name!r}: every cell is empty, the first at {column.where(present.index[0])}; {EXPECTED}; "
             "name another column by --time_column"
         )
     count = int(unreadable.sum())
     if count > MOST_UNREADABLE * int(present.sum()):
-        raise BadInput(
+        raise InputError(
             f"{column.shown(unreadable.idxmax())} in column {column.name!r} cannot be read as a time, one such cell "
             f"of {count:,} among {int(present.sum()):,}; {EXPECTED}; mend the cells, or name another column by --time_column"
         )
@@ -180,7 +180,7 @@ def _refuse_rounded(column: Column, texts: "pd.Series") -> None:
         step = 10.0 ** min(int(power) - len(digits.partition(".")[2]), 300)
         finest_s = min(finest_s, step / UNITS[_unit(float(text))])
     if len(short) and finest_s > COARSEST_S:
-        raise BadInput(
+        raise InputError(
             f"{column.shown(short.index[0])} in column {column.name!r} was rounded, as a spreadsheet does; write all digits"
         )
 
@@ -218,14 +218,16 @@ def _match(text: str) -> tuple[str, re.Match] | None:
     return None
 
 
-def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, int | None], dict[str, int], dict[str, int]]:
+def _match_dates(
+    column: Column, texts: "pd.Series"
+) -> tuple[dict[str, int | None], dict[str, int], dict[str, tuple[int, re.Match]]]:
     """{text: moment} of the dates that can be read in one way only, {format: the first row that has it} of all dates, and
-    {text: row} of the dates made of numbers, whose order of day and month the whole column decides.
+    {text: (row, parts)} of the dates made of numbers, whose order of day and month the whole column decides.
     """
     moments: dict[str, int | None] = {}
     formats: dict[str, int] = {}
     zones: dict[str, int] = {}
-    numbered: dict[str, int] = {}
+    numbered: dict[str, tuple[int, re.Match]] = {}
     distinct = texts.drop_duplicates()
     for row, text in zip(distinct.index.tolist(), distinct.tolist(), strict=True):
         found = _match(text)
@@ -233,9 +235,9 @@ def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, int | No
             continue
         name, match = found
         if len(match["year"]) == 2:
-            raise BadInput(f"{column.shown(row)} in column {column.name!r} has a year of two digits; write four")
+            raise InputError(f"{column.shown(row)} in column {column.name!r} has a year of two digits; write four")
         if name == "numbers":
-            numbered[text] = row
+            numbered[text] = (row, match)
             name = f"numbers with {match['sep']!r}"
         else:
             moments[text] = _nanoseconds(match.groupdict(), dayfirst=None)
@@ -247,23 +249,27 @@ def _match_dates(column: Column, texts: "pd.Series") -> tuple[dict[str, int | No
 
 
 def _dates(
-    column: Column, texts: "pd.Series", moments: dict[str, int | None], numbered: dict[str, int], *, dayfirst: bool | None
+    column: Column,
+    texts: "pd.Series",
+    moments: dict[str, int | None],
+    numbered: dict[str, tuple[int, re.Match]],
+    *,
+    dayfirst: bool | None,
 ) -> tuple["pd.Series", str]:
     """Dates of one format."""
-    told = "dates whose order of day and month is plain"
+    reading = "dates whose order of day and month is plain"
     if numbered:
         dayfirst = _day_is_first(column, numbered, dayfirst=dayfirst)
-        moments = {text: _nanoseconds(_match(text)[1].groupdict(), dayfirst=dayfirst) for text in numbered}
-        told = "dates with the day first" if dayfirst else "dates with the month first"
-    return texts.map(moments).astype("Int64"), told
+        moments = {text: _nanoseconds(match.groupdict(), dayfirst=dayfirst) for text, (_, match) in numbered.items()}
+        reading = "dates with the day first" if dayfirst else "dates with the month first"
+    return texts.map(moments).astype("Int64"), reading
 
 
-def _day_is_first(column: Column, numbered: dict[str, int], *, dayfirst: bool | None) -> bool:
+def _day_is_first(column: Column, numbered: dict[str, tuple[int, re.Match]], *, dayfirst: bool | None) -> bool:
     """Decide 02/01/2016 by the rows that can be read in one way only, like 13/01/2016, for the whole column."""
     rows: dict[str, int] = {}
     open_row = None
-    for text, row in numbered.items():
-        match = _match(text)[1]
+    for row, match in numbered.values():
         first, other = int(match["first"]), int(match["other"])
         if 12 < first <= 31 and 1 <= other <= 12:
             rows.setdefault("day first", row)
@@ -275,20 +281,20 @@ def _day_is_first(column: Column, numbered: dict[str, int], *, dayfirst: bool | 
         _contradict(column, rows)
     if dayfirst is None:
         if not rows and open_row is not None:
-            raise BadInput(
+            raise InputError(
                 f"{column.shown(open_row)} in column {column.name!r}: day or month first? No row decides it; "
                 "give --dayfirst True or --dayfirst False"
             )
         return "day first" in rows
     if rows and ("day first" in rows) != dayfirst:
         (kind, row), *_ = rows.items()
-        raise BadInput(
+        raise InputError(
             f"--dayfirst {dayfirst}, but {column.shown(row)} in column {column.name!r} has the {kind}; leave --dayfirst out"
         )
     return dayfirst
 
 
-def _nanoseconds(part: dict[str, str | None], *, dayfirst: bool | None) -> int | None:
+def _nanoseconds(part: dict[str, Any], *, dayfirst: bool | None) -> int | None:
     """Nanoseconds since 1970 of a matched date; None for a day, an hour or a year that cannot be."""
     try:
         day = _day(part, dayfirst=dayfirst)
@@ -306,7 +312,7 @@ def _nanoseconds(part: dict[str, str | None], *, dayfirst: bool | None) -> int |
     return nanoseconds if 0 < nanoseconds < END_S * 10**9 else None
 
 
-def _day(part: dict[str, str | None], *, dayfirst: bool | None) -> date:
+def _day(part: dict[str, Any], *, dayfirst: bool | None) -> date:
     year = int(part["year"])
     if part.get("week"):
         return date.fromisocalendar(year, int(part["week"]), int(part["weekday"] or 1))

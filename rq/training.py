@@ -4,6 +4,7 @@ N items, S sampled rows, R rows of a chunk, L levels, D dimensions.
 """
 
 import argparse
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast
 from tqdm import tqdm
 
 from rq import clustering, quantizers
-from rq.command_line import BadInput, log
 from rq.embeddings import Embeddings
+from rq.files import InputError
 from rq.quantizers import Quantizer
+
+log = logging.getLogger("rq.training")
 
 REVIVAL_ROWS = 8_192  # rows that dead codes are moved onto: plenty for any codebook, quick to encode
 LEAST_GAIN = 1e-3  # an evaluation that improves by less than this share counts as no improvement
@@ -120,7 +123,7 @@ def train(quantizer: Quantizer, embeddings: Embeddings, sample_SD: np.ndarray, f
                 accelerator.backward(loss)
                 optimizer.step()
                 if not torch.isfinite(loss):
-                    raise BadInput(
+                    raise InputError(
                         f"epoch {epoch}: the loss is {loss.item()}; "
                         f"give a smaller --learning_rate than {flags.learning_rate}"
                     )
@@ -185,7 +188,7 @@ def resume(flags: argparse.Namespace, *, method: str, embeddings: Embeddings) ->
     """The quantizer of --resume_from_checkpoint, refused when its method, levels or encoder are not those of this run."""
     quantizer = quantizers.load_checkpoint(flags.resume_from_checkpoint, n_dims=embeddings.n_dims, data_path=flags.data_path)
     if quantizer.design.method != method or quantizer.design.levels != flags.levels:
-        raise BadInput(
+        raise InputError(
             f"{flags.resume_from_checkpoint}: "
             f"a {quantizer.design.method} of levels {','.join(map(str, quantizer.design.levels))}, "
             f"this run is {method} of {','.join(map(str, flags.levels))}"

@@ -1,4 +1,13 @@
-"""The catalogue: item id -> SID and title, from the index and the item file."""
+"""The catalogue: item id -> SID and title, from the index and the item file.
+
+    X.index.json  {"0": ["<a_236>", "<b_231>", "<c_226>"], ...}
+    X.item.json   {"0": {"title": "Wood screws", ...}, ...}
+    catalogue = read_catalogue(Path("X.index.json"), Path("X.item.json"))
+    catalogue.items[0]      -> Item(id="0", sid=("<a_236>", "<b_231>", "<c_226>"), title="Wood screws")
+    catalogue.position["0"] -> 0
+
+All later modules name an item by its position in `items`.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +32,17 @@ class Item(NamedTuple):
 
 
 class Catalogue(NamedTuple):
-    """All items, in the order of the index; `place` maps an item id to its position in `items`."""
+    """All items in the order of the index, and item id -> position in `items`."""
 
     items: list[Item]
-    place: dict[str, int]
+    position: dict[str, int]
 
 
 def read_index(path: Path) -> dict[str, tuple[str, ...]]:
-    """Item id -> SID tokens, first level first, of any depth: {"0": ("<a_236>", "<b_231>", "<c_226>"), ...}."""
+    """Item id -> SID tokens, first level first, of any depth, from an index file.
+
+    {"0": ["<a_236>", "<b_231>", "<c_226>"], ...} -> {"0": ("<a_236>", "<b_231>", "<c_226>"), ...}
+    """
     expected = 'an index like {"0": ["<a_236>", "<b_231>", "<c_226>"]}'
     index = read_json(path, expected)
     if not isinstance(index, dict) or not index:
@@ -72,7 +84,7 @@ def title_text(value: str | float | None) -> str:
 
 
 def same_title(title: str, other: str) -> bool:
-    """Whether two titles are the same text but for white space and for how characters are escaped in them."""
+    """Whether two titles are the same text but for white space and escapes: "Nuts &amp; Bolts" and "Nuts & Bolts"."""
     return title == other or unescaped(title) == unescaped(other)
 
 
@@ -97,17 +109,18 @@ def unescaped(text: str) -> str:
 
 
 def read_catalogue(index_path: Path, item_path: Path | None) -> Catalogue:
-    """The items of the index, with their titles where an item file is given. Logs what a user should know once."""
+    """The items of the index, with their titles where an item file is given; logs depths, shared SIDs and missing titles."""
     index = read_index(index_path)
     titles = read_titles(item_path) if item_path else {}
     if titles and not index.keys() & titles.keys():
         raise InputError(f"{item_path}: has no item of {index_path}; the two must be of one dataset")
     items = [Item(item, sid, titles.get(item, "")) for item, sid in index.items()]
     log_catalogue(items, len(titles.keys() - index.keys()), with_titles=bool(titles))
-    return Catalogue(items, {item.id: place for place, item in enumerate(items)})
+    return Catalogue(items, {item.id: position for position, item in enumerate(items)})
 
 
 def log_catalogue(items: list[Item], unindexed: int, *, with_titles: bool) -> None:
+    """The lines of the log on a catalogue; `unindexed` items of the item file are not in the index."""
     sids = Counter(item.sid for item in items)
     depths = sorted({len(sid) for sid in sids})
     logger.info(f"Catalogue: {len(items):,} items, {len(sids):,} distinct SIDs of {join_or(depths)} tokens")

@@ -1,4 +1,11 @@
-"""The cells of an interaction CSV: list literals of texts and numbers, and item ids however they are written."""
+"""The cells of an interaction CSV: list literals of texts and numbers, and item ids however they are written.
+
+    read_list("['Mug', nan, 7]")   -> ["Mug", None, 7]
+    read_list("['Mug' 'Jug']")     -> ValueError: is not a list literal (no comma between 'Mug' and 'Jug')
+    ItemIds(catalogue).find("05")  -> the position of item "5"
+
+Nothing is evaluated: what a cell may hold is a grammar of regular expressions.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +21,8 @@ from typing import Any
 from sid_sft.catalogue import TITLE_TYPES, Catalogue
 from sid_sft.files import InputError, join_or
 
-# How an entry of a list cell is written. Two texts side by side are not in it: Python reads ['Mug' 'Jug'], which is what
-# a numpy array of two writes, as the one text 'MugJug'.
+# How an entry of a list cell is written. The grammar leaves out two texts side by side: a numpy array of two texts is
+# written ['Mug' 'Jug'], which Python reads as the one text 'MugJug'.
 STRING = r"""[rRuU]?(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+")"""
 NUMBER = r"-?(?:0|[1-9]\d*+)(?:\.\d*+)?(?:[eE][+-]?\d+)?(?![\w.])"
 ENTRY = rf"(?:{STRING}|{NUMBER}|None\b)"
@@ -28,16 +35,16 @@ OTHERWISE_WRITTEN = re.compile(rf"({STRING})|{NUMPY_SCALAR}|\b(?:nan|NaN|null)\b
 def read_list(cell: str) -> list[str | int | float | None]:
     """The list that a cell holds, as Python or JSON writes it: "['a', \"it's\"]" -> ["a", "it's"].
 
-    Its entries are texts and numbers, also as np.int64(5), and None, nan or null where one is missing. Nothing is
-    evaluated; ValueError tells why a cell is no such list. Texts and whole numbers that JSON can read are read by JSON:
-    ten times as fast, and the only right way where JSON wrote them (an emoji as two halves, a slash as \\/).
+    Entries are texts and numbers, np.int64(5) among them, and None, nan or null for a missing entry. ValueError says why
+    a cell is no such list. JSON reads lists of texts and whole numbers where it can: ten times as fast, and the only
+    right way for cells that JSON wrote (an emoji as two halves, a slash as \\/).
     """
     try:
         value = json.loads(cell if '"' in cell or "\\" in cell else cell.replace("'", '"'))
         if type(value) is list and all(type(entry) in (str, int) for entry in value):
             return value
     except (ValueError, RecursionError):
-        pass  # whatever else it is: the grammar above decides
+        pass  # no JSON: the grammar above decides
     plain = OTHERWISE_WRITTEN.sub(lambda found: found[1] or found[2] or "None", cell).strip()
     if LIST.fullmatch(plain):
         with contextlib.suppress(SyntaxError, ValueError, MemoryError), warnings.catch_warnings():
@@ -51,10 +58,10 @@ def read_list(cell: str) -> list[str | int | float | None]:
 
 
 class ItemIds:
-    """Finds the item that an id of a file means: ItemIds(catalogue).find("5.0") -> the place of "5".
+    """Finds the item that an id of a file means: ItemIds(catalogue).find("5.0") -> the position of item "5".
 
-    The text of an id decides. Where no item has it, the id may be written otherwise than in the index: as "5.0", " 5",
-    "05", "'5'" or "np.int64(5)" for "5". Such an id is read if exactly one item can be meant, and is counted.
+    An id of the index is found by its text. Any other id may be written otherwise than in the index: "5.0", " 5", "05",
+    "'5'" or "np.int64(5)" for "5". Such an id is found if exactly one item can be meant, and counted in `respelled`.
     """
 
     def __init__(self, catalogue: Catalogue) -> None:
@@ -63,31 +70,31 @@ class ItemIds:
         self.respelled: Counter[tuple[str, str]] = Counter()
 
     @functools.cached_property
-    def places(self) -> dict[str, list[int]]:
-        """The places of the items whose ids are the same but for how they are written."""
-        places: dict[str, list[int]] = {}
-        for place, item in enumerate(self.catalogue.items):
-            places.setdefault(plain_id(item.id), []).append(place)
-        return places
+    def positions_of_plain_id(self) -> dict[str, list[int]]:
+        """Plain id -> positions of all items whose ids differ only in how they are written: {"5": [0, 7]} for "5", "05"."""
+        positions: dict[str, list[int]] = {}
+        for position, item in enumerate(self.catalogue.items):
+            positions.setdefault(plain_id(item.id), []).append(position)
+        return positions
 
     def find(self, value: Any) -> int | None:
-        """The place of an item, None where the index has no such item; ValueError where the id could mean anything."""
-        place = self.catalogue.place.get(text := str(value))
-        if place is not None:
-            return place
+        """The position of an item, None where the index has no such item; ValueError where an id has two readings."""
+        position = self.catalogue.position.get(text := str(value))
+        if position is not None:
+            return position
         if type(value) is float and not (value.is_integer() and abs(value) < 2**53):
             raise ValueError(f"has {text} for an item id; {self.like}; write it as there")
-        found = self.places.get(plain_id(text), [])
+        found = self.positions_of_plain_id.get(plain_id(text), [])
         if len(found) > 1:
-            either = join_or(repr(self.catalogue.items[place].id) for place in found)
+            either = join_or(repr(self.catalogue.items[position].id) for position in found)
             raise ValueError(f"has {text!r} for an item id, which may be {either} of the index; write it as there")
         if not found:
             return None
         self.respelled[text, self.catalogue.items[found[0]].id] += 1
         return found[0]
 
-    def note(self) -> str:
-        """What to tell of ids that are written otherwise than in the index; nothing where none is."""
+    def note_on_spelling(self) -> str:
+        """A line on the ids found that are written otherwise than in the index; "" where all are written as there."""
         if not self.respelled:
             return ""
         text, known = next(iter(self.respelled))
@@ -128,7 +135,7 @@ def list_cell(where: str, fields: dict[str, str], column: str, catalogue: Catalo
 
 
 def example_cell(column: str, catalogue: Catalogue) -> str:
-    """What a list column of this catalogue may hold."""
+    """A right cell of a list column, of the catalogue's first two items: "history_item_id" -> "[0, 1]"."""
     items = catalogue.items[:2]
     if column == "history_item_id":
         return repr([int(item.id) if item.id.isdecimal() and item.id == str(int(item.id)) else item.id for item in items])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sid_sft.settings import TrainFlags
     from sid_sft.sid_rows import SidRows
 
 logger = logging.getLogger("sft.checkpoint")
@@ -162,18 +162,6 @@ def check_weights(base_model: str, found: dict[str, Iterable]) -> None:
             )
 
 
-def check_base_model(base_model: str) -> None:
-    """Refuses, before anything heavy is loaded, what is no model folder and cannot be a hub name."""
-    if not base_model:
-        raise InputError("--base_model is missing")
-    base = Path(base_model)
-    if base.is_dir() and not (base / "config.json").is_file():
-        hint = " (its final_checkpoint/ is one)" if (base / "final_checkpoint").is_dir() else ""
-        raise InputError(f"--base_model {base}: the folder has no config.json; expected a saved HF model{hint}")
-    if not base.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
-        raise InputError(f"--base_model {base}: there is no such folder")
-
-
 def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Turns a base model and its tokenizer, in place, into those of a freeze run, from its sid_rows.safetensors.
 
@@ -197,7 +185,7 @@ def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
 
 
 def save_final(
-    flags: types.SimpleNamespace,
+    flags: TrainFlags,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: SidRows | None,
@@ -228,7 +216,7 @@ def save_final(
         final.save_pretrained(scratch)
         del final
         tokenizer.save_pretrained(scratch)
-        content = {"category": category_name(flags.category), "tasks": flags.tasks.split(","), "prompts": wording}
+        content = {"category": category_name(flags.category), "tasks": flags.task_names, "prompts": wording}
         (scratch / PROMPTS_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False))
         (scratch / "README.md").write_text(card, encoding="utf-8")
         check_saved(scratch, model, rows, trust_remote_code=flags.trust_remote_code)
@@ -236,7 +224,7 @@ def save_final(
 
 
 def base_with_rows(
-    flags: types.SimpleNamespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: SidRows
+    flags: TrainFlags, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: SidRows
 ) -> tuple[PreTrainedModel, str]:
     """The base model, loaded again, with the trained SID rows, and its hash before; proves that no frozen value moved."""
     from sid_sft.forward.architecture import tables_of

@@ -1,4 +1,12 @@
-"""Tokenized datasets on disk, memory-mapped: built once per content, opened by every process of the node."""
+"""Tokenized datasets on disk, memory-mapped: written once per content, opened by every process of the node.
+
+    write_dataset(folder, Source(Path("X.train.csv")), ["sid_sid"], encoder, ...)
+        folder/examples.arrow   {"input_ids": [464, ...], "length": 29, "prompt_len": 24, "task": 0, "user": 17, ...}
+        folder/summary.json     files, notes for the log, and for each task: rows, examples, examples that were cut
+    open_dataset(folder, cutoff_len=512)  -> the Dataset; logs the notes, whether this run or an earlier one wrote it
+
+The tasks share the rows of a file, which are read once; each task draws its own sample of them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sid_sft.catalogue import Catalogue
-from sid_sft.encoding import Encoder, Example, has_reserved_text
+from sid_sft.encoding import Encoder, Example, count_with_added_tokens
 from sid_sft.files import InputError
 from sid_sft.interactions import MAX_LEFT_OUT, Row, check_share, read_preferences, read_rows
 from sid_sft.tasks import TASKS, Task
@@ -25,10 +33,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft.dataset_cache")
 
 CACHE_FORMAT = 3  # raise it when the ids of the same text and files change
+CACHE_DIR = Path("~/.cache/sid-sft")  # where datasets are kept unless another folder is given
 
 
 class Source(NamedTuple):
-    """Where the rows of a dataset come from: an interaction CSV or none, and a preference file (one split) or none."""
+    """The files that a dataset's rows are read from: Source(Path("X.train.csv")) for tasks over interactions and items.
+
+    The tasks over preferences read the entries of one split of a preference file.
+    """
 
     interactions: Path | None = None
     preferences: Path | None = None
@@ -46,25 +58,23 @@ def write_dataset(
     max_left_out: float,
     num_proc: int | None,
 ) -> None:
-    """Writes the examples of all tasks as Arrow files, and summary.json: the files in order, and what to tell."""
+    """Writes the examples of the tasks `names`, in this order, as Arrow files, and their summary."""
     import numpy as np
     from datasets import concatenate_datasets
 
     notes: list[str] = []
     users: dict[str, int] = {"": -1}
-    tables: dict[str, Dataset] = {}
-    parts, untitled = [], {}
-    without_title = {place for place, item in enumerate(encoder.catalogue.items) if not item.title}
+    tables: dict[str, Dataset] = {}  # by what a task makes examples of: several tasks share the rows of a CSV
+    sampled: dict[str, Dataset] = {}  # by task
     for name in names:
         task = TASKS[name]
         if task.rows not in tables:
-            rows = source_rows(task.rows, source, encoder.catalogue, notes.append, max_left_out)
-            tables[task.rows] = write_rows(folder / f"rows-{task.rows}.arrow", rows, users)
+            source_rows = rows_of(task.rows, source, encoder.catalogue, notes.append, max_left_out)
+            tables[task.rows] = write_rows(folder / f"rows-{task.rows}.arrow", source_rows, users)
         table = tables[task.rows]
-        part = table.add_column("task", np.full(len(table), list(TASKS).index(name), np.int8))
-        parts.append(part.select(sample_of(len(part), sample, seed, task)))
-        untitled[name] = sum(place in without_title for place in parts[-1]["item"]) if task.rows == "items" else 0
-    rows = concatenate_datasets(parts)
+        numbered = table.add_column("task", np.full(len(table), list(TASKS).index(name), np.int8))
+        sampled[name] = numbered.select(sample_of(len(table), sample, seed, task))
+    rows = concatenate_datasets(list(sampled.values()))
     encoder.prepare([TASKS[name] for name in names])
     encoded = rows.map(
         functools.partial(encode_batch, encoder=encoder),
@@ -78,17 +88,12 @@ def write_dataset(
         desc="Encoding",
     )
     texts = chain((item.title for item in encoder.catalogue.items), preferences_of(tables.get("preferences")))
-    if reserved := has_reserved_text(encoder.tokenizer, texts):
-        notes.append(f"{reserved:,} titles or preferences hold a SID or special token as text, which is read as that token")
-    examples, cut = count_examples(encoded)
-    counts = zip(names, map(len, parts), (list(TASKS).index(name) for name in names), strict=True)
+    if misread := count_with_added_tokens(encoder.tokenizer, texts):
+        notes.append(f"{misread:,} titles or preferences hold a SID or special token as text, which is read as that token")
     summary = {
         "files": [Path(file["filename"]).name for file in encoded.cache_files],
         "notes": notes,
-        "tasks": {
-            name: {"rows": count, "untitled": untitled[name], "examples": int(examples[number]), "cut": int(cut[number])}
-            for name, count, number in counts
-        },
+        "tasks": count_rows_and_examples(encoded, sampled, encoder.catalogue),
     }
     for table in tables.values():
         for file in table.cache_files:
@@ -96,8 +101,8 @@ def write_dataset(
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
-def sample_of(count: int, sample: int, seed: int, task: Task) -> Sequence[int]:
-    """Which of a task's rows are used: all, or `sample` random ones in their order, whatever other tasks there are."""
+def sample_of(count: int, sample: int, seed: int, task: Task) -> Sequence[int] | np.ndarray:
+    """The positions, ascending, of the rows that a task uses: all, or `sample` random ones drawn by seed and task alone."""
     if not 0 < sample < count:
         return range(count)
     import numpy as np
@@ -105,8 +110,25 @@ def sample_of(count: int, sample: int, seed: int, task: Task) -> Sequence[int]:
     return np.sort(np.random.default_rng([seed, list(TASKS).index(task.name)]).choice(count, sample, replace=False))
 
 
+def count_rows_and_examples(
+    encoded: Dataset, sampled: dict[str, Dataset], catalogue: Catalogue
+) -> dict[str, dict[str, int]]:
+    """{"item_sid_title": {"rows": 5, "untitled": 1, "examples": 4, "cut": 0}}: what became of each task's sampled rows."""
+    examples, cut = count_examples(encoded)
+    counts = {}
+    for name, rows in sampled.items():
+        of_items, number = TASKS[name].rows == "items", list(TASKS).index(name)
+        counts[name] = {
+            "rows": len(rows),
+            "untitled": sum(not catalogue.items[item].title for item in rows["item"]) if of_items else 0,
+            "examples": int(examples[number]),
+            "cut": int(cut[number]),
+        }
+    return counts
+
+
 def count_examples(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """How many examples each task of TASKS has, and how many of them lost items to the cutoff."""
+    """Two arrays (tasks,): how many examples each task of TASKS has, and how many of them lost items to the cutoff."""
     import numpy as np
 
     counts = np.zeros((2, len(TASKS)), np.int64)
@@ -117,27 +139,32 @@ def count_examples(encoded: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def preferences_of(table: Dataset | None) -> Iterable[str]:
+    """The preferences in words of a table of rows; none where no task reads preferences."""
     return () if table is None else table["preference"]
 
 
 def processes(rows: int, num_proc: int | None, *, whole_texts: bool) -> int | None:
-    """How many processes encode: none beside this one where starting them takes longer than they would save."""
+    """How many processes to start for encoding; None, this one alone, where starting others would take longer."""
     wanted = num_proc or min(os.cpu_count() or 1, 8)
     return wanted if rows >= (15_000 if whole_texts else 100_000) and wanted > 1 else None
 
 
-def source_rows(
-    kind: str, source: Source, catalogue: Catalogue, tell: Callable[[str], None], max_left_out: float
+def rows_of(
+    kind: str, source: Source, catalogue: Catalogue, note: Callable[[str], None], max_left_out: float
 ) -> Iterable[Row]:
+    """The rows that tasks of one kind make examples of: "items" -> Row("", (), 0), Row("", (), 1), ... of the catalogue."""
     if kind == "items":
-        return (Row("", (), place) for place in range(len(catalogue.items)))
+        return (Row("", (), item) for item in range(len(catalogue.items)))
+    path = source.interactions if kind == "interactions" else source.preferences
+    if path is None:
+        raise InputError(f"no file of {kind} is given; the tasks over {kind} need one")
     if kind == "interactions":
-        return read_rows(source.interactions, catalogue, tell, max_left_out=max_left_out)
-    return read_preferences(source.preferences, catalogue, source.split, tell, max_left_out=max_left_out)
+        return read_rows(path, catalogue, note, max_left_out=max_left_out)
+    return read_preferences(path, catalogue, source.split, note, max_left_out=max_left_out)
 
 
 def write_rows(path: Path, rows: Iterable[Row], users: dict[str, int]) -> Dataset:
-    """Rows as an Arrow table on disk: user (its number in `users`, which grows), history (places), item, preference."""
+    """Rows as an Arrow table on disk. A user becomes a number of `users`, which grows: {"": -1, "ann": 1, "bob": 2}."""
     from datasets import Dataset, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -152,6 +179,7 @@ def write_rows(path: Path, rows: Iterable[Row], users: dict[str, int]) -> Datase
 
 
 def example_features() -> Features:
+    """The columns of a dataset of examples and their types."""
     from datasets import Features, List, Value
 
     numbers = dict.fromkeys(("length", "prompt_len", "static_len", "dropped", "user"), Value("int32"))
@@ -159,7 +187,7 @@ def example_features() -> Features:
 
 
 def encode_batch(batch: dict[str, list], *, encoder: Encoder) -> dict[str, list]:
-    """Columns of rows -> columns of examples; rows that give no example are left out."""
+    """Columns of rows -> columns of examples. Rows without an example are left out."""
     examples: list[tuple] = []
     columns = zip(*(batch[name] for name in ("task", "user", "history", "item", "preference")), strict=True)
     for number, group in groupby(columns, key=itemgetter(0)):
@@ -169,14 +197,14 @@ def encode_batch(batch: dict[str, list], *, encoder: Encoder) -> dict[str, list]
             if example:
                 examples.append((*example, len(example.input_ids), number, user))
     names = (*Example._fields, "length", "task", "user")
-    return {name: [example[place] for example in examples] for place, name in enumerate(names)}
+    return {name: [example[column] for example in examples] for column, name in enumerate(names)}
 
 
 def open_dataset(folder: Path, cutoff_len: int, max_left_out: float = MAX_LEFT_OUT) -> Dataset:
-    """The memory-mapped dataset of a finished folder; logs what was cut or left out.
+    """The memory-mapped dataset of a folder that `write_dataset` wrote; logs what was cut or left out.
 
-    InputError where a task has no example or a larger share of its rows than `max_left_out` was left out. Items without
-    a title do not count in the item tasks: a catalogue may have them, and no row of the user's is lost.
+    InputError where a task has no example, or lost a larger share of its rows than `max_left_out`. In the item tasks
+    items without a title do not count as lost: a catalogue may have such items, and no row of a user is missing.
     """
     from datasets import Dataset, concatenate_datasets
 

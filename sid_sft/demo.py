@@ -1,6 +1,6 @@
 """The embedded demo's input: a small synthetic shop and a small language model pretrained on its titles.
 
-    python demo.py output/demo
+    python -m sid_sft.demo output/demo
 
 writes shop.index.json, shop.item.json, shop.{train,valid,test}.csv and base/ (a plain HF model that has read titles and
 shopping lists but no SID). A folder that is complete is left as it is. Nothing is downloaded.
@@ -12,11 +12,12 @@ import argparse
 import csv
 import json
 import logging
-import os
 import random
-import shutil
 import sys
 from pathlib import Path
+
+from sid_sft.files import whole_folder
+from sid_sft.interactions import CSV_COLUMNS
 
 logger = logging.getLogger("demo")
 
@@ -70,9 +71,7 @@ def write_files(folder: Path, seed: int) -> None:
     for split, examples in rows.items():
         with (folder / f"shop.{split}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(
-                ["user_id", "history_item_title", "item_title", "history_item_id", "item_id", "history_item_sid", "item_sid"]
-            )
+            writer.writerow(CSV_COLUMNS)
             for user, history, item in examples:
                 sids, titles = zip(*(("".join(items[str(i)][0]), items[str(i)][1]) for i in [*history, item]), strict=True)
                 writer.writerow([user, list(titles[:-1]), titles[-1], history, item, list(sids[:-1]), sids[-1]])
@@ -144,13 +143,9 @@ def main(arguments: list[str]) -> int:
         logger.info(f"demo: {options.folder} is there already")
         return 0
     logger.info(f"demo: making a synthetic shop and a small pretrained language model in {options.folder}")
-    scratch = options.folder.with_name(options.folder.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    write_files(scratch, options.seed)
-    pretrain(scratch / "base", options.seed)
-    shutil.rmtree(options.folder, ignore_errors=True)
-    os.replace(scratch, options.folder)
+    with whole_folder(options.folder) as scratch:
+        write_files(scratch, options.seed)
+        pretrain(scratch / "base", options.seed)
     return 0
 
 

@@ -1,4 +1,11 @@
-"""Text -> token ids: prompts and answers as the tokenizer reads their text, each title and SID encoded once."""
+"""Text -> token ids: a prompt's ids are the tokenizer's ids of its text, though each title and SID is encoded once.
+
+    encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=512)
+    encoder.encode(TASKS["sid_sid"], [Row("ann", (0, 1), 2)])
+        -> [Example(input_ids=[464, 1029, ..., 16004, 16011, 2], prompt_len=24, static_len=18, dropped=0)]
+
+A server that is given the text of a prompt therefore sees the ids that training saw.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sid_sft.catalogue import Catalogue
 from sid_sft.files import InputError, content_hash
@@ -19,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class Example(NamedTuple):
-    """The ids of prompt and answer in one list, the answer's end token last.
+    """The ids of a prompt and its answer in one list, the end token last.
 
-    prompt_len: tokens of the prompt; all behind it is supervised.
-    static_len: tokens before the first SID token, the part that is constant while only SID rows train.
-    dropped: oldest history items left out to keep within the cutoff.
+    prompt_len: tokens of the prompt; all later tokens are supervised.
+    static_len: tokens before the first SID token: nothing computed there changes while only SID rows train.
+    dropped: how many items of the history, the oldest ones, were left out to keep within the cutoff.
     """
 
     input_ids: list[int]
@@ -42,11 +49,11 @@ LINE_PATTERNS = (
 
 
 class Encoder:
-    """Turns rows of one task into ids: those of the rendered text.
+    """Turns rows of one task into the ids of their rendered text.
 
-    Where it follows from the tokenizer's rules that the ids of a history are those of its lines one after another, each
-    distinct line is encoded once: `sids_stand_alone` for SIDs, `splits_at_lines` for titles. Whole texts are encoded
-    otherwise, in batches.
+    Where the tokenizer's rules guarantee that a history's ids are the ids of its lines one after another, each distinct
+    line is encoded once (`sids_stand_alone` for SIDs, `splits_at_lines` for titles), and a history is put together
+    from its lines' ids. Otherwise whole texts are encoded, in batches.
     """
 
     def __init__(
@@ -59,20 +66,23 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.catalogue, self.prompts, self.cutoff_len = tokenizer, catalogue, prompts, cutoff_len
         tokens = sorted({token for item in catalogue.items for token in item.sid})
-        ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
+        ids = dict(zip(tokens, cast(list[int], tokenizer.convert_tokens_to_ids(tokens)), strict=True))
         self.sid_token_ids = frozenset(ids.values())
         self.sids = [[ids[token] for token in item.sid] for item in catalogue.items]
         self.prefix, self.suffix = added_around(tokenizer)
 
     def encode(self, task: Task, rows: list[Row]) -> list[Example | None]:
-        """One example per row, or None where a text is missing or even the newest item alone is over the cutoff."""
+        """One example for each row, None where a title is missing or the newest item alone makes it longer than the cutoff.
+
+        A longer history loses whole items, the oldest first, and no more of them than it must.
+        """
         items = self.catalogue.items
-        kept = [[place for place in row.history if task.shows == "sid" or items[place].title] for row in rows]
+        kept = [[item for item in row.history if task.shows == "sid" or items[item].title] for row in rows]
         answers = self.answer_ids(task, rows)
         prompts: list[list[int] | None] = [None] * len(rows)
         dropped, least, most = [0] * len(rows), [0] * len(rows), [max(len(history) - 1, 0) for history in kept]
         trial = {i: 0 for i, row in enumerate(rows) if (kept[i] or task.rows == "items") and self.has_texts(task, row)}
-        while trial:  # bisects for the fewest items to drop, from none at all
+        while trial:  # row -> items to drop in this round: first 0, then a bisection for the fewest that suffice
             shorter = [rows[i]._replace(history=tuple(kept[i][count:])) for i, count in trial.items()]
             for (i, count), prompt in zip(trial.items(), self.prompt_ids(task, shorter), strict=True):
                 if len(prompt) + len(answers[i]) <= self.cutoff_len:
@@ -87,16 +97,17 @@ class Encoder:
 
     def example(self, prompt: list[int], answer: list[int], dropped: int) -> Example:
         ids = prompt + answer
-        begin = len(prompt) if self.sid_token_ids.isdisjoint(prompt) else 0  # a title history is long and has none
-        static_len = next((place for place in range(begin, len(ids)) if ids[place] in self.sid_token_ids), len(ids))
+        begin = len(prompt) if self.sid_token_ids.isdisjoint(prompt) else 0  # quick for a long history of titles
+        static_len = next((at for at in range(begin, len(ids)) if ids[at] in self.sid_token_ids), len(ids))
         return Example(ids, len(prompt), static_len, dropped)
 
     def has_texts(self, task: Task, row: Row) -> bool:
-        """Whether the item has a title where the task asks for it, or shows it alone."""
+        """Whether the item has a title, where the task asks for its title or shows nothing but its title."""
         needed = task.answers == "title" or (task.rows == "items" and task.shows == "title")
         return bool(self.catalogue.items[row.item].title) or not needed
 
     def answer_ids(self, task: Task, rows: list[Row]) -> list[list[int]]:
+        """The ids of each row's answer, the end token last."""
         end = [self.tokenizer.eos_token_id]
         if task.answers == "title":
             return [self.titles[row.item] + end for row in rows]
@@ -106,7 +117,7 @@ class Encoder:
         return [self.sids[row.item] + end for row in rows]
 
     def prompt_ids(self, task: Task, rows: list[Row]) -> list[list[int]]:
-        """The ids of whole prompts, with the special tokens that the tokenizer begins a text with."""
+        """The ids of each row's prompt, with the special tokens that the tokenizer begins a text with."""
         lines = None if task.rows == "items" else self.lines(task.shows)
         heads = [prompt_head(task, row, self.prompts) for row in rows]
         if lines is None or (task.shows == "title" and not all(map(ends_its_line, heads))):
@@ -115,7 +126,7 @@ class Encoder:
         distinct = list(dict.fromkeys(heads))
         head_ids = dict(zip(distinct, self.text_ids(distinct), strict=True))
         return [
-            [*self.prefix, *head_ids[head], *chain.from_iterable(lines[place] for place in row.history)]
+            [*self.prefix, *head_ids[head], *chain.from_iterable(lines[item] for item in row.history)]
             for head, row in zip(heads, rows, strict=True)
         ]
 
@@ -127,7 +138,7 @@ class Encoder:
         return [ids[len(self.prefix) : len(ids) - len(self.suffix)] for ids in encoded]
 
     def prepare(self, tasks: list[Task]) -> None:
-        """Encodes what the examples of the tasks share, so that it is done once and not in each process."""
+        """Encodes the titles and lines that the examples of the tasks share, once, before several processes encode rows."""
         for task in tasks:
             if task.rows != "items":
                 self.lines(task.shows)
@@ -135,19 +146,21 @@ class Encoder:
                 self.answer_ids(task, [Row("", (), 0)])
 
     def needs_whole_texts(self, names: list[str]) -> bool:
+        """Whether some of these tasks encode whole histories, which takes several times as long as joining lines."""
         return any(TASKS[name].rows != "items" and self.lines(TASKS[name].shows) is None for name in names)
 
     def lines(self, shows: str) -> list[list[int]] | None:
-        """The ids of each item's line in a history, or None where the ids of a history are not those of its lines."""
+        """The ids of each item's line, or None where the ids of a history need not be the ids of its lines."""
         return self.sid_lines if shows == "sid" else self.title_lines
 
     @functools.cached_property
     def titles(self) -> list[list[int]]:
-        """Ids of each item's title as an answer."""
+        """The ids of each item's title as an answer."""
         return self.text_ids([item.title for item in self.catalogue.items])
 
     @functools.cached_property
     def sid_lines(self) -> list[list[int]] | None:
+        """The ids of each item's SID and the separator."""
         if not sids_stand_alone(self.tokenizer, self.catalogue):
             return None
         line = "".join(self.catalogue.items[0].sid) + SEPARATOR
@@ -156,13 +169,14 @@ class Encoder:
 
     @functools.cached_property
     def title_lines(self) -> list[list[int]] | None:
+        """The ids of each item's title and the separator."""
         if not splits_at_lines(self.tokenizer):
             return None
         return self.text_ids([history_line(item, "title") for item in self.catalogue.items])
 
 
 def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer begins and ends a text with."""
+    """The special tokens that a tokenizer begins and ends a text with: ([1], []) where "<s>" has the id 1."""
     plain, full = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
     for begin in range(len(full) - len(plain), -1, -1):
         if full[begin : begin + len(plain)] == plain:
@@ -171,7 +185,7 @@ def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """The rules of a `tokenizers` tokenizer but for the last call's truncation and padding; None for any other kind."""
+    """The rules of a `tokenizers` tokenizer, without truncation and padding, which calls change; None for any other kind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -179,11 +193,15 @@ def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None
 
 
 def sids_stand_alone(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -> bool:
-    """Whether SID tokens are cut out of a text before anything else, so that each part between them is read alone.
+    """Whether the tokenizer cuts SID tokens out of a text first, so that the ids of a SID never depend on its neighbours.
 
-    So it is in a `tokenizers` tokenizer whose SID tokens are added, unnormalized tokens without conditions on what
-    stands beside them, if no other added token can begin inside a SID token, end inside one or contain one. (One that
-    takes white space from beside it stops at a SID token, which has none.)
+    "<a_0><b_1>\\n<a_2>" then always has the ids of <a_0>, <b_1>, "\\n" and <a_2>. True for a `tokenizers` tokenizer if
+
+    - every SID token is an added token, not normalized, that takes no white space and needs no word border (lstrip,
+      rstrip, single_word), and
+    - no other added token overlaps a SID token: begins inside it, ends inside it or contains it. An added token
+      overlaps where it has "<" behind its first or ">" before its last character, as "\\n<" does. White space that
+      another added token takes from its neighbours cannot come from a SID token, which has none.
     """
     rules = tokenizer_rules(tokenizer)
     if rules is None:
@@ -201,12 +219,17 @@ def sids_stand_alone(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue) -
 
 
 def splits_at_lines(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the ids of lines of text, none blank or with white space at an end, are the ids of each line alone.
+    """Whether the ids of several lines of text are the ids of each line, one after another.
 
-    So it is in a byte-level BPE with one of LINE_PATTERNS: matching goes from left to right and never looks back; no
-    match runs from a newline on into a line that begins with no white space, so one ends at each newline; and what is
-    looked at behind a match is one character, which changes nothing for a newline that is alone. NFC composes nothing
-    with a newline, and no added token may hold one or take white space from beside it.
+    "Tape\\n3M Glue\\n" then has the ids of "Tape\\n" and "3M Glue\\n". It holds for lines that are not blank and have no
+    white space at either end, as titles are, and for a byte-level BPE with one of LINE_PATTERNS:
+
+    - The pattern cuts a text into pieces from left to right, and BPE merges within a piece alone.
+    - A piece ends at each newline: none of these patterns goes on from a newline into a character that is no white
+      space. The lookahead (?!\\S) sees one character and moves no border of a piece that is a single newline.
+    - NFC joins no character with a newline, and no added token may hold a newline or take white space from beside it.
+
+    Any other tokenizer gives False; its histories are encoded whole, which is slower and always right.
     """
     rules = tokenizer_rules(tokenizer)
     if rules is None or rules["model"]["type"] != "BPE" or rules["model"].get("dropout"):
@@ -229,12 +252,12 @@ def splits_at_lines(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def ends_its_line(head: str) -> bool:
-    """Whether a line that follows the head is read alone: it is empty or ends in one newline behind a character."""
+    """Whether the line after `head` has the ids that it has alone: `head` is "" or ends in one newline, as "Bought:\\n"."""
     return not head or re.search(r"\S\n\Z", head) is not None
 
 
-def has_reserved_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:
-    """How many texts contain a SID token or special token as text, which the tokenizer would read as that token."""
+def count_with_added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:
+    """How many texts hold an added token: the tokenizer reads the title "Box <a_0>" as one with the SID token <a_0>."""
     reserved = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     if not reserved:
         return 0
@@ -243,6 +266,6 @@ def has_reserved_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) 
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides a tokenizer's ids."""
+    """A hash of everything that decides a tokenizer's ids."""
     rules = tokenizer_rules(tokenizer) or [tokenizer.get_vocab(), repr(tokenizer)]
     return content_hash(type(tokenizer).__name__, rules, tokenizer.eos_token_id)

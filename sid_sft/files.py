@@ -1,4 +1,11 @@
-"""Files, read and written so that a fault is one line and nothing is ever half there."""
+"""Files, read so that a fault is one line, and written so that nothing is ever half there.
+
+    read_json(Path("X.index.json"), "an index")  -> InputError "X.index.json: is empty; expected an index"
+    with whole_folder(Path("final_checkpoint")) as scratch:    # final_checkpoint.tmp, renamed when the block ends well
+        model.save_pretrained(scratch)
+
+The lowest module of sid_sft: it imports no other.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +25,7 @@ class InputError(ValueError):
 
 
 def error_text(error: Exception) -> str:
-    """An exception as one line."""
+    """An exception as one line: FileNotFoundError(2, "No such file or directory", ...) -> "No such file or directory"."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return " ".join(text.split())
 
@@ -44,7 +51,7 @@ def read_json(path: Path, expected: str) -> Any:
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError where a key stands twice, of which Python would silently keep the last."""
+    """A JSON object from its pairs; ValueError where a key stands twice, since Python would keep the last without a word."""
     content = dict(pairs)
     if len(content) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -53,7 +60,7 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file; what is none is told with its line."""
+    """The lines of a UTF-8 text file; InputError names the line that is not UTF-8 or holds a NUL byte."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -69,15 +76,17 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def one_line(text: str) -> str:
-    """Text with every run of white space made one space: a title must not end its line."""
+    """Text with every run of white space made one space, since a title must not end its line: "Saw \\n x" -> "Saw x"."""
     return " ".join(text.split())
 
 
 def join_or(values: Iterable) -> str:
+    """[3, 4] -> "3 or 4"."""
     return " or ".join(str(value) for value in values)
 
 
 def file_hash(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -86,14 +95,15 @@ def file_hash(path: Path) -> str:
 
 
 def content_hash(*values: Any) -> str:
+    """24 hexadecimal digits that differ where the JSON of the values differs: a folder's name in the dataset cache."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder under a temporary name to write into, which takes the old one's place when all went well.
+    """An empty folder under a temporary name to write into; it becomes `folder` when the block ends well.
 
-    The old one is renamed first and deleted last, so one of the two is there whenever the process is killed.
+    A folder that is replaced is renamed first and deleted last: whenever the process is killed, one of the two is whole.
     """
     scratch, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
     shutil.rmtree(scratch, ignore_errors=True)

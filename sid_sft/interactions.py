@@ -1,4 +1,11 @@
-"""Rows: who bought what after what, from an interaction CSV or a preference file, checked against the catalogue."""
+"""Rows: who bought what after what, from an interaction CSV or a preference file, checked against the catalogue.
+
+    user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid
+    ann,"['Screws', 'Tape']",Filter,"[0, 1]",2,"['<a_0><b_0>', '<a_0><b_1>']",<a_1><b_0>
+        -> Row(user="ann", history=(0, 1), item=2)
+
+Rows that cannot be used are left out and counted; a file that would lose more than --max_left_out of its rows is refused.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +35,10 @@ MAX_LEFT_OUT = 0.2  # the share of a file's rows that may be left out before a r
 
 
 class Row(NamedTuple):
-    """One example before any wording: places in `Catalogue.items`, the history oldest first.
+    """A user, the user's history, oldest item first, and the item that followed, as positions in `Catalogue.items`.
 
-    `preference` is free text about the user and only set for rows of a preference file.
+    Row("ann", (0, 1), 2): ann bought items 0 and 1, then item 2. A row for each item of a catalogue has no user and no
+    history: Row("", (), 2). `preference` is text about the user, in the rows of a preference file alone.
     """
 
     user: str
@@ -40,7 +48,7 @@ class Row(NamedTuple):
 
 
 class LeftOut:
-    """The rows of a file that cannot be used, by reason, with an example of each."""
+    """The rows of a file that are left out: reason -> how many, and reason -> an example."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -51,7 +59,7 @@ class LeftOut:
         self.examples.setdefault(reason, example)
 
     def check(self, path: Path, rows: int, max_left_out: float) -> None:
-        """InputError where all rows are left out, or a larger share than is allowed."""
+        """InputError where all of a file's rows are left out, or a larger share than `max_left_out`."""
         left = self.counts.total()
         why = ", ".join(f"{count:,} because {reason} ({self.examples[reason]})" for reason, count in self.counts.items())
         if left == rows:
@@ -62,7 +70,7 @@ class LeftOut:
 
 
 def check_share(what: str, left: int, rows: int, max_left_out: float, why: str) -> None:
-    """InputError where more than a share of the rows would be left out."""
+    """InputError where `left` of `rows` rows is a larger share than `max_left_out`: 3 of 10 with 0.2."""
     if left / rows > max_left_out:
         raise InputError(
             f"{what}{left:,} of {rows:,} rows would be left out, more than --max_left_out {max_left_out:g} allows: {why}; "
@@ -73,15 +81,19 @@ def check_share(what: str, left: int, rows: int, max_left_out: float, why: str) 
 def read_rows(
     path: Path,
     catalogue: Catalogue,
-    tell: Callable[[str], None] = logger.info,
+    note: Callable[[str], None] = logger.info,
     *,
     max_left_out: float = MAX_LEFT_OUT,
 ) -> Iterator[Row]:
-    """The rows of an interaction CSV, one at a time, checked against the catalogue; tells at the end what it left out.
+    """The rows of an interaction CSV, one at a time, checked against the catalogue.
 
-    The SIDs and titles that are trained on are the catalogue's. A CSV that contradicts its SIDs is refused: it belongs
-    to another index. (A CSV SID that lacks only the last, collision-breaking token is the same item's and is counted.)
-    InputError at the end where a larger share of the rows than `max_left_out` was left out.
+    SIDs and titles are taken from the catalogue. A CSV whose SIDs contradict the index is refused, as it belongs to
+    another index; a SID that lacks only the last, collision-breaking token is counted and read as the index has it.
+    After the last row, `note` gets a line for each reason why rows or history items were left out:
+
+        note("X.train.csv: 12 rows left out: their history is empty (36,201 rows)")
+
+    InputError after the last row where a larger share of the rows than `max_left_out` was left out.
     """
     path = Path(path)
     counts: Counter[str] = Counter()
@@ -95,20 +107,20 @@ def read_rows(
         raise InputError(f"{path}: has no rows; expected a header and rows of {','.join(CSV_COLUMNS)}")
     left_out.check(path, counts["rows"], max_left_out)
     for reason, count in left_out.counts.items():
-        tell(f"{path.name}: {count:,} rows left out: {reason} ({counts['rows']:,} rows)")
-    if note := ids.note():
-        tell(f"{path.name}: {note} ({counts['rows']:,} rows)")
+        note(f"{path.name}: {count:,} rows left out: {reason} ({counts['rows']:,} rows)")
+    if spelling := ids.note_on_spelling():
+        note(f"{path.name}: {spelling} ({counts['rows']:,} rows)")
     for key, text in {
         "history": "history items left out: they are not in the index",
         "short": "SIDs lack the last token that the index has; the index is used",
         "title": "titles differ from the item file's; the item file is used",
     }.items():
         if counts[key]:
-            tell(f"{path.name}: {counts[key]:,} {text} ({counts['rows']:,} rows)")
+            note(f"{path.name}: {counts[key]:,} {text} ({counts['rows']:,} rows)")
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(number of its last line, column -> cell) of each row of an interaction CSV."""
+    """(line, {column: cell}) of each row of an interaction CSV: the row's last line, since a cell may hold line ends."""
     csv.field_size_limit(2**31 - 1)  # a history of titles has no natural limit; csv's own is 128 KiB
     reader = csv.reader(read_lines(path), strict=True)
     try:
@@ -131,7 +143,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter, left_out: LeftOut) -> Row | None:
-    """One checked row, or None where its item is unknown or nothing that is known stands before it."""
+    """One checked row, or None, counted in `left_out`, where its item or its whole history is not in the index."""
     catalogue = ids.catalogue
     history_ids, sids, titles = (list_cell(where, fields, column, catalogue) for column in LIST_COLUMNS)
     if not len(history_ids) == len(sids) == len(titles):
@@ -139,18 +151,18 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
             f"{where}: the history has {len(history_ids)} ids, {len(sids)} SIDs and {len(titles)} titles; "
             "they must be aligned"
         )
-    places = []
+    positions = []
     cells = zip([*history_ids, fields["item_id"]], [*sids, fields["item_sid"]], [*titles, fields["item_title"]], strict=True)
     for item_id, sid, title in cells:
         try:
-            place = ids.find(item_id)
+            position = ids.find(item_id)
         except ValueError as error:
             given = f"history {fields['history_item_id'][:60]!r}, item {fields['item_id'][:60]!r}"
             raise InputError(f"{where}: {error} ({given})") from None
-        places.append(place)
-        if place is None:
+        positions.append(position)
+        if position is None:
             continue
-        item = catalogue.items[place]
+        item = catalogue.items[position]
         known = "".join(item.sid)
         if sid != known:
             if sid != "".join(item.sid[:-1]):
@@ -161,8 +173,8 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
             counts["short"] += 1
         if title and title != item.title and item.title and not same_title(title_text(title), item.title):
             counts["title"] += 1
-    *history, target = places
-    known_history = tuple(place for place in history if place is not None)
+    *history, target = positions
+    known_history = tuple(position for position in history if position is not None)
     counts["history"] += len(history) - len(known_history)
     line = f"line {where.rpartition(':')[2]}"
     if target is None:
@@ -180,21 +192,21 @@ def read_preferences(
     path: Path,
     catalogue: Catalogue,
     split: str,
-    tell: Callable[[str], None] = logger.info,
+    note: Callable[[str], None] = logger.info,
     *,
     max_left_out: float = MAX_LEFT_OUT,
 ) -> Iterator[Row]:
     """The rows of one split of a preference file: a JSON list of
     {"user", "split", "user_preference", "context": {"history_items": [...], "target_item": ...}}.
 
-    An item stands there as its id, as its SID, or as an object with "item_id", "id" or "sid". InputError at the end
-    where a larger share of the entries than `max_left_out` was left out.
+    An item is written as its id (17), as its SID ("<a_1><b_0>"), or as an object with "item_id", "id" or "sid". `note` and
+    `max_left_out` are those of `read_rows`.
     """
     expected = 'a list of {"user", "split", "user_preference", "context": {"history_items", "target_item"}}'
     entries = read_json(path, expected)
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: holds no entries; expected {expected}")
-    by_sid = {"".join(item.sid): place for place, item in reversed(list(enumerate(catalogue.items)))}
+    by_sid = {"".join(item.sid): position for position, item in reversed(list(enumerate(catalogue.items)))}
     ids = ItemIds(catalogue)
     unknown = total = first = 0
     for number, entry in enumerate(entries):
@@ -214,25 +226,26 @@ def read_preferences(
         except ValueError as error:
             raise InputError(f"{path}: entry {number} {error}") from None
         total += 1
-        if None in found or len(found) < 2 or not isinstance(preference, str) or not preference.strip():
+        known = [position for position in found if position is not None]
+        if len(known) < max(len(found), 2) or not isinstance(preference, str) or not preference.strip():
             first = first if unknown else number
             unknown += 1
             continue
-        yield Row(user, tuple(found[:-1]), found[-1], one_line(preference))
+        yield Row(user, tuple(known[:-1]), known[-1], one_line(preference))
     if unknown == total:
         raise InputError(f"{path}: no entry of split {split!r} has known items and a preference; expected {expected}")
     reason = "unknown item, no history or no preference"
     if unknown:
         why = f"{reason} (entry {first}); {ids.like}"
         check_share(f"{path}: ", unknown, total, max_left_out, why)
-        tell(f"{Path(path).name}: {unknown:,} of {total:,} entries left out: {reason}")
-    if note := ids.note():
-        tell(f"{Path(path).name}: {note}")
+        note(f"{Path(path).name}: {unknown:,} of {total:,} entries left out: {reason}")
+    if spelling := ids.note_on_spelling():
+        note(f"{Path(path).name}: {spelling}")
 
 
 def find_item(value: Any, ids: ItemIds, by_sid: dict[str, int]) -> int | None:
-    """The place of an item that a preference file names by id, by SID or by an object that has one of them."""
+    """The position of an item that a preference file names by id, SID or object; None where the index has no such item."""
     if isinstance(value, dict):
         value = next((value[key] for key in ("item_id", "id", "sid") if key in value), None)
-    place = by_sid.get(str(value))
-    return ids.find(value) if place is None else place
+    position = by_sid.get(str(value))
+    return ids.find(value) if position is None else position

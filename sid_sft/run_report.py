@@ -14,11 +14,11 @@ import os
 import platform
 import shlex
 import sys
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sid_sft.files import file_hash
+from sid_sft.settings import TrainFlags, examples_per_step
 from sid_sft.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -27,23 +27,20 @@ if TYPE_CHECKING:
     from sid_sft.sid_rows import SidRows
 
 REPORT_FILE, CURVES_FILE = "report.md", "curves.png"
-INPUTS = ("train_file", "eval_file", "sid_index_path", "item_meta_path", "preference_file", "prompts")
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy")
 EVALUATED = {"eval_loss": "loss", "eval_hr@10": "HR@10", "eval_ndcg@10": "NDCG@10"}
 
 Log = list[dict[str, Any]]
 
 
-def write_run_report(
-    flags: types.SimpleNamespace, state: TrainerState, model: PreTrainedModel, rows: SidRows | None
-) -> None:
+def write_run_report(flags: TrainFlags, state: TrainerState, model: PreTrainedModel, rows: SidRows | None) -> None:
     """Writes report.md and curves.png to output_dir. flags: those of sft.py; rows: what freeze mode trained."""
     folder = Path(flags.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw_curves(folder / CURVES_FILE, state.log_history)
     sections = [
         f"# Training run: {'SID rows of a frozen' if flags.freeze_LLM else 'all of'} {Path(flags.base_model).name}",
-        result_text(state, getattr(flags, "metric_for_best_model", "eval_loss")),
+        result_text(state, flags.metric_for_best_model),
         f"![Curves of the run]({CURVES_FILE})" if drawn else "Nothing was logged that could be drawn.",
         evaluations_table(state),
         "## What trained\n\n" + trained_table(model, rows),
@@ -116,10 +113,12 @@ def command_line() -> str:
     return shlex.join([*start, *sys.argv])
 
 
-def inputs_table(flags: types.SimpleNamespace) -> str:
+def inputs_table(flags: TrainFlags) -> str:
     """Each input file with its size and the beginning of its SHA-256."""
-    paths = {name: Path(value) for name in INPUTS if (value := getattr(flags, name, ""))}
-    lines = [[f"--{name}", path.name, f"{path.stat().st_size:,}", file_hash(path)[:16]] for name, path in paths.items()]
+    lines = [
+        [f"--{name}", path.name, f"{path.stat().st_size:,}", file_hash(path)[:16]]
+        for name, path in flags.input_files.items()
+    ]
     return markdown_table(["flag", "file", "bytes", "SHA-256 begins"], lines)
 
 
@@ -237,21 +236,23 @@ FROZEN = """Only the rows of the SID tokens were trained, in the embedding and i
 every other number is the base model's. `sid_rows.safetensors` holds those rows alone."""
 
 
-def model_card(flags: types.SimpleNamespace, state: TrainerState, wording: dict[str, str]) -> str:
-    """The README.md of final_checkpoint/ as the Hugging Face hub reads it. wording: task name -> template."""
+def model_card(flags: TrainFlags, state: TrainerState, wording: dict[str, str]) -> str:
+    """The README.md of final_checkpoint/ as the Hugging Face hub reads it.
+
+    flags: with the learning rate that the run found where none was given; wording: task name -> template.
+    """
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     front += ["- generative-recommendation", "- semantic-ids", "- sft"]
     if not Path(flags.base_model).exists():  # a hub name, which the hub makes a link
         front.insert(0, f"base_model: {flags.base_model}")
     last = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
     reached = ", ".join(f"{name} {last[key]:.4f}" for key, name in EVALUATED.items() if key in last)
-    groups = flags.tasks.split(",")
-    templates = {name: wording[name] for name, task in TASKS.items() if task.group in groups}
+    templates = {name: wording[name] for name, task in TASKS.items() if task.group in flags.task_names}
     return CARD.format(
         front="\n".join(front),
         name=Path(flags.base_model).name,
         steps=state.global_step,
-        batch_size=flags.batch_size,
+        batch_size=examples_per_step(flags),
         learning_rate=flags.learning_rate,
         seed=flags.seed,
         how=FROZEN if flags.freeze_LLM else "All parameters were trained.",

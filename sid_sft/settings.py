@@ -1,144 +1,373 @@
-"""The flags of training: checked one by one and against each other before anything loads."""
+"""The flags of both commands: every one with its type, default, help and range; and how they go together.
+
+    flags = read_flags(TrainFlags, {"base_model": "Qwen/Qwen2.5-0.5B", "batch_size": "64", ...})   # each flag by itself
+    check_training(flags)                                                                          # against each other
+
+--help is made from these records; the table of the README and the list in sft.sh are tested against them.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from sid_sft.command_line import suggestion, world_size
+from sid_sft.command_line import (
+    COUNT_OR_ALL,
+    SHARE,
+    Range,
+    above,
+    at_least,
+    flag,
+    flags_of,
+    same_flag,
+    suggestion,
+    world_size,
+)
 from sid_sft.files import InputError
+from sid_sft.interactions import MAX_LEFT_OUT
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS
-from sid_sft.tasks import TASK_GROUPS, TASKS
+from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS, TASKS
 
+BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
+CACHE_DIR = "~/.cache/sid-sft"
 STEPS_SHARE = 0.05  # of a run, between two evaluations and checkpoints: twenty of them
 BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
+STEPS = Range(
+    "a whole number of steps, or above 0 and below 1 a share of the run",
+    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+)
 
 
-def set_intervals(flags: types.SimpleNamespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """The flags of sft.py."""
+
+    # ---- what is read and where it goes
+    base_model: str = flag(
+        "",
+        "folder or hub name of a causal language model, or a final_checkpoint/ of an earlier run",
+        required=True,
+        in_sft_sh="Qwen/Qwen2.5-0.5B",
+    )
+    train_file: str = flag("", "CSV of interactions to train on", is_file=True, in_sft_sh="data/amazon/CATEGORY.train.csv")
+    eval_file: str = flag(
+        "",
+        "CSV of interactions to evaluate on (task sid_sid); without it nothing is evaluated",
+        is_file=True,
+        in_sft_sh="data/amazon/CATEGORY.valid.csv",
+    )
+    sid_index_path: str = flag(
+        "",
+        "the .index.json, item id -> SID tokens; exactly this file is opened",
+        required=True,
+        is_file=True,
+        in_sft_sh="data/amazon/CATEGORY.index.json",
+    )
+    item_meta_path: str = flag(
+        "",
+        "the .item.json with titles; the tasks item, sid_title, title_title, title_sid need it",
+        is_file=True,
+        in_sft_sh="data/amazon/CATEGORY.item.json",
+    )
+    preference_file: str = flag(
+        "", "JSON list of user preferences, for the tasks preference and preference_sid", is_file=True
+    )
+    output_dir: str = flag(
+        "",
+        "where checkpoints, final_checkpoint/, the report and trainer_state.json go",
+        required=True,
+        in_sft_sh="output/CATEGORY",
+    )
+
+    # ---- what is asked, in which words
+    category: str = flag("", "words for the prompts; known names (Industrial_and_Scientific) get readable words")
+    tasks: str = flag(",".join(DEFAULT_TASKS), f"names, comma separated, of {', '.join(TASK_GROUPS)}")
+    prompts: str = flag("", "JSON file with wording of your own, task name -> template", is_file=True)
+    sample: int = flag(-1, "random rows to train on per task", COUNT_OR_ALL)
+    eval_sample: int = flag(-1, "random rows to evaluate on", COUNT_OR_ALL)
+    eval_recommendation: int = flag(
+        0, "random rows of eval_file for which each evaluation measures HR@10 and NDCG@10; 0 for none", at_least(0)
+    )
+    metric_for_best_model: str = flag("eval_loss", "decides the best checkpoint and early stopping", choices=BEST_METRICS)
+    max_left_out: float = flag(
+        MAX_LEFT_OUT,
+        "share of a file's rows that may be left out (unknown item, no history, no title, too long) before the run stops; "
+        "1 allows any",
+        SHARE,
+    )
+    cutoff_len: int = flag(
+        512,
+        "tokens of the longest example, no more than the model's positions; longer ones lose whole items, the oldest first",
+        at_least(2),
+    )
+
+    # ---- what trains
+    freeze_LLM: bool = flag(False, "train only the rows of the SID tokens, leave the language model as it is")
+    frozen_prefix: bool = flag(
+        True, "in freeze mode, compute what no SID can change once and without gradients; the same result, faster"
+    )
+    train_from_scratch: bool = flag(False, "random weights of the base model's shape")
+
+    # ---- how it trains
+    num_epochs: float = flag(10.0, "passes over the training data", above(0))
+    max_steps: int = flag(-1, "optimizer steps; override num_epochs", COUNT_OR_ALL)
+    batch_size: int | None = flag(
+        None,
+        "examples per optimizer step over all processes; a multiple of micro_batch_size x processes",
+        at_least(1),
+        if_unset=f"{BATCH_SIZE}, or the next larger multiple",
+    )
+    micro_batch_size: int = flag(4, "examples per forward pass of one process; smaller needs less memory", at_least(1))
+    learning_rate: float | None = flag(
+        None,
+        "peak learning rate",
+        above(0),
+        if_unset="3e-4, with freeze_LLM a tenth of the spread of the embedding's values",
+    )
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of the SID rows alone", at_least(0))
+    lr_scheduler_type: str = flag("cosine", "linear, cosine, constant, ... (transformers' names)")
+    warmup_steps: int = flag(20, "steps until the learning rate reaches its peak", at_least(0))
+    group_by_length: bool = flag(False, "batches of similar length across the epoch (steps are sorted inside in any case)")
+    group_users: bool = flag(
+        False,
+        "a user's examples fall into the same step, where what they share is computed once: faster, though the loss falls "
+        "a little more slowly",
+    )
+    prefix_cache_gb: float = flag(
+        2.0, "GB per process for what the frozen prefix keeps from step to step; 0 keeps nothing", at_least(0)
+    )
+    prefix_cache_in: str = flag(
+        "device", "where to keep it: device (the memory of the device that computes), host, or a folder on a fast disk"
+    )
+    seed: int = flag(42, "decides shuffling, sampling and the first values of new rows", at_least(0))
+    bf16: bool | None = flag(None, "compute in bfloat16", if_unset="on GPUs that have it")
+
+    # ---- what is told and kept of the run
+    logging_steps: int = flag(10, "steps between two lines of the log", at_least(1))
+    eval_steps: float | None = flag(
+        None, "steps between two evaluations", STEPS, if_unset=f"save_steps, or else {STEPS_SHARE}"
+    )
+    save_steps: float | None = flag(
+        None,
+        "steps between two checkpoints, a multiple of eval_steps",
+        STEPS,
+        if_unset=f"eval_steps, or else {STEPS_SHARE}",
+    )
+    early_stopping_patience: int = flag(
+        3, "evaluations without a better one before the run stops; 0 never stops", at_least(0)
+    )
+    resume_from_checkpoint: str = flag("", "a checkpoint folder, or True for the newest in output_dir")
+    report_to: str = flag("none", "none, wandb, tensorboard, ... (transformers' names)")
+    wandb_project: str = flag("", "name of a Weights & Biases project; implies report_to wandb")
+    wandb_run_name: str = flag("", "name of the run there")
+
+    # ---- how it is prepared
+    trust_remote_code: bool = flag(False, "run code that comes with the base model")
+    cache_dir: str = flag(
+        "", "where tokenized datasets are kept, built once per content and memory-mapped", if_unset=CACHE_DIR
+    )
+    num_proc: int | None = flag(None, "processes that tokenize", at_least(1), if_unset="one per core, no more than 8")
+    check: bool = flag(
+        False, "read everything, show one example per task and what would train, then stop; nothing is written"
+    )
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of --tasks: "sid_sid, item" -> ["sid_sid", "item"]."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+    @property
+    def input_files(self) -> dict[str, Path]:
+        """Flag -> path of every file that the run reads."""
+        return {
+            name: Path(path) for name, about in flags_of(self).items() if about.is_file and (path := getattr(self, name))
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags:
+    """The flags of evaluate.py."""
+
+    base_model: str = same_flag(
+        TrainFlags, "base_model", "folder or hub name of a trained model, e.g. the final_checkpoint/ of sft.py"
+    )
+    test_file: str = flag("", "CSV of interactions to evaluate on", is_file=True)
+    sid_index_path: str = same_flag(
+        TrainFlags,
+        "sid_index_path",
+        "the .index.json, item id -> SID tokens, that the model was trained with",
+    )
+    item_meta_path: str = same_flag(
+        TrainFlags,
+        "item_meta_path",
+        "the .item.json with titles, for recommendations in words and for the task title_sid",
+    )
+    train_file: str = same_flag(
+        TrainFlags, "train_file", "CSV that was trained on, for the baselines and for how popular an item is"
+    )
+    output_dir: str = same_flag(
+        TrainFlags,
+        "output_dir",
+        "where metrics.json, predictions.jsonl and recommendations.png go",
+        if_unset="evaluation/ in base_model",
+    )
+    num_beams: int = flag(50, "recommendations per row; HR@K is measured for K up to it", at_least(1))
+    batch_size: int = flag(32, "rows per forward pass of one process", at_least(1))
+    sample: int = same_flag(TrainFlags, "sample", "random rows to evaluate on")
+    seed: int = same_flag(TrainFlags, "seed", "decides the sample, the examples and the bootstrap")
+    examples: int = flag(0, "rows to show in words: history, truth, recommendations", at_least(0))
+    recommend: str = flag("", "a history, titles or item ids, oldest first, separated by |; answers and stops")
+    task: str = flag(
+        "",
+        "what is asked of the model, after a history of SIDs or of titles",
+        choices=RECOMMENDING_TASKS,
+        if_unset="the first that the model was trained on",
+    )
+    category: str = same_flag(TrainFlags, "category", "words for the prompts of a checkpoint that has no prompts.json")
+    cutoff_len: int = same_flag(
+        TrainFlags, "cutoff_len", "tokens of the longest example, as in training; longer ones lose their oldest items"
+    )
+    max_left_out: float = same_flag(
+        TrainFlags, "max_left_out", "share of a file's rows that may be left out before the evaluation stops; 1 allows any"
+    )
+    trust_remote_code: bool = same_flag(TrainFlags, "trust_remote_code", "run code that comes with the model")
+
+
+# ---------------------------------------------------------------------------------------------- what follows from flags
+
+
+class Intervals(NamedTuple):
+    """Steps between two evaluations and between two checkpoints; below 1 a share of the run."""
+
+    evaluating: float
+    saving: float
+
+
+def intervals(flags: TrainFlags) -> Intervals:
     """Evaluating and saving go together: where one of the two is named, the other follows it (if there is evaluation)."""
     named = [steps for steps in (flags.eval_steps, flags.save_steps) if steps is not None and flags.eval_file]
-    for name in ("eval_steps", "save_steps"):
-        if getattr(flags, name) is None:
-            setattr(flags, name, named[0] if named else STEPS_SHARE)
+    follows = named[0] if named else STEPS_SHARE
+    evaluating = follows if flags.eval_steps is None else flags.eval_steps
+    saving = follows if flags.save_steps is None else flags.save_steps
+    return Intervals(evaluating, saving)
 
 
-def check_ranges(flags: types.SimpleNamespace) -> None:
-    limits = {
-        "num_epochs": 0,
-        "batch_size": 1,
-        "micro_batch_size": 1,
-        "cutoff_len": 2,
-        "learning_rate": 0,
-        "weight_decay": 0,
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "eval_steps": 0,
-        "save_steps": 0,
-        "early_stopping_patience": 0,
-        "eval_recommendation": 0,
-        "seed": 0,
-        "prefix_cache_gb": 0,
-        "num_proc": 1,
-        "max_left_out": 0,
-    }
-    above = ("num_epochs", "learning_rate", "eval_steps", "save_steps")
-    for name, least in limits.items():
-        value = getattr(flags, name)
-        if value is not None and (value < least or (name in above and value == least)):
-            raise InputError(f"sft.py: --{name} {value:g} must be {'above' if name in above else 'at least'} {least}")
-    for name in ("sample", "eval_sample", "max_steps"):
-        value = getattr(flags, name)
-        if value == 0 or value < -1:
-            raise InputError(f"sft.py: --{name} {value} must be positive, or -1 for no limit")
-    if flags.max_left_out > 1:
-        raise InputError(f"sft.py: --max_left_out {flags.max_left_out:g} must be a share of the rows, from 0 to 1")
-    for name in ("eval_steps", "save_steps"):
-        value = getattr(flags, name)
-        if value > 1 and value != int(value):
-            raise InputError(f"sft.py: --{name} {value:g} must be a whole number of steps, or a share of the run below 1")
-    ratio, both_shares_or_none = flags.save_steps / flags.eval_steps, (flags.save_steps < 1) == (flags.eval_steps < 1)
-    if flags.eval_file and not (both_shares_or_none and math.isclose(ratio, max(1, round(ratio)))):
+def results_folder(flags: EvaluateFlags) -> Path:
+    """Where evaluate.py writes: --output_dir, or evaluation/ in a local model's folder, or evaluation/ here."""
+    if flags.output_dir:
+        return Path(flags.output_dir)
+    return Path(flags.base_model if Path(flags.base_model).is_dir() else "") / "evaluation"
+
+
+def examples_per_step(flags: TrainFlags) -> int:
+    """--batch_size, or the first multiple of micro_batch_size x processes from 128 on: 4 x 3 gives 132."""
+    if flags.batch_size is not None:
+        return flags.batch_size
+    share = flags.micro_batch_size * world_size()
+    return math.ceil(BATCH_SIZE / share) * share
+
+
+# ---------------------------------------------------------------------------------------------- checks of flags together
+
+
+def check_training(flags: TrainFlags) -> None:
+    """Refuses, before anything heavy is loaded, flags of sft.py that contradict each other or the disk."""
+    check_batch(flags)
+    check_intervals(flags)
+    check_tasks(flags)
+    check_base_model(flags.base_model)
+    check_places(flags)
+    check_distribution(flags)
+
+
+def check_batch(flags: TrainFlags) -> None:
+    if examples_per_step(flags) % (flags.micro_batch_size * world_size()):
         raise InputError(
-            f"sft.py: --save_steps {flags.save_steps:g} is no multiple of --eval_steps {flags.eval_steps:g}; "
-            "the best checkpoint must have been both evaluated and saved; leave one of the two out and it follows the other"
-        )
-    if flags.batch_size % (flags.micro_batch_size * world_size()):
-        raise InputError(
-            f"sft.py: --batch_size {flags.batch_size} is no multiple of micro_batch_size x processes = "
+            f"--batch_size {flags.batch_size} is no multiple of micro_batch_size x processes = "
             f"{flags.micro_batch_size} x {world_size()}"
         )
 
 
-def check_tasks(flags: types.SimpleNamespace) -> None:
-    groups = flags.tasks.split(",")
-    if flags.eval_recommendation and not flags.eval_file:
-        raise InputError("sft.py: --eval_recommendation needs --eval_file")
-    if flags.eval_recommendation and not set(groups) & set(RECOMMENDING_TASKS):
-        raise InputError(f"sft.py: --eval_recommendation needs one of {', '.join(RECOMMENDING_TASKS)} in --tasks")
-    if flags.metric_for_best_model not in BEST_METRICS:
+def check_intervals(flags: TrainFlags) -> None:
+    evaluating, saving = intervals(flags)
+    both_shares_or_none = (saving < 1) == (evaluating < 1)
+    if flags.eval_file and not (both_shares_or_none and math.isclose(ratio := saving / evaluating, max(1, round(ratio)))):
         raise InputError(
-            f"sft.py: --metric_for_best_model {flags.metric_for_best_model!r}; expected one of {', '.join(BEST_METRICS)}"
+            f"--save_steps {saving:g} is no multiple of --eval_steps {evaluating:g}; "
+            "the best checkpoint must have been both evaluated and saved; leave one of the two out and it follows the other"
         )
+
+
+def check_tasks(flags: TrainFlags) -> None:
+    names = flags.task_names
+    if flags.eval_recommendation and not flags.eval_file:
+        raise InputError("--eval_recommendation needs --eval_file")
+    if flags.eval_recommendation and not set(names) & set(RECOMMENDING_TASKS):
+        raise InputError(f"--eval_recommendation needs one of {', '.join(RECOMMENDING_TASKS)} in --tasks")
     if flags.metric_for_best_model != "eval_loss" and not flags.eval_recommendation:
         raise InputError(
-            f"sft.py: --metric_for_best_model {flags.metric_for_best_model} is measured with --eval_recommendation only"
+            f"--metric_for_best_model {flags.metric_for_best_model} is measured with --eval_recommendation only"
         )
-    for group in groups:
-        if group not in TASK_GROUPS:
-            raise InputError(
-                f"sft.py: --tasks has {group!r}{suggestion(group, TASK_GROUPS)}; the tasks are {', '.join(TASK_GROUPS)}"
-            )
-    if len(set(groups)) < len(groups):
-        raise InputError(f"sft.py: --tasks {flags.tasks} names a task twice")
+    if not names:
+        raise InputError(f"--tasks {flags.tasks!r} names no task; the tasks are {', '.join(TASK_GROUPS)}")
+    for name in names:
+        if name not in TASK_GROUPS:
+            raise InputError(f"--tasks has {name!r}{suggestion(name, TASK_GROUPS)}; the tasks are {', '.join(TASK_GROUPS)}")
+    if len(set(names)) < len(names):
+        raise InputError(f"--tasks {flags.tasks} names a task twice")
     needed = {"interactions": "train_file", "preferences": "preference_file"}
     for task in TASKS.values():
-        if task.group not in groups:
+        if task.group not in names:
             continue
         if task.rows in needed and not getattr(flags, needed[task.rows]):
-            raise InputError(f"sft.py: --{needed[task.rows]} is missing; the task {task.group} needs it")
+            raise InputError(f"--{needed[task.rows]} is missing; the task {task.group} needs it")
         if "title" in (task.shows, task.answers) and not flags.item_meta_path:
-            raise InputError(
-                f"sft.py: --item_meta_path is missing; the task {task.group} needs titles (or leave it out of --tasks)"
-            )
+            raise InputError(f"--item_meta_path is missing; the task {task.group} needs titles (or leave it out of --tasks)")
 
 
-def check_paths(flags: types.SimpleNamespace) -> None:
-    for name in ("base_model", "sid_index_path", "output_dir"):
-        if not getattr(flags, name):
-            raise InputError(f"sft.py: --{name} is missing")
-    for name in ("train_file", "eval_file", "sid_index_path", "item_meta_path", "preference_file", "prompts"):
-        path = getattr(flags, name)
-        if path and not Path(path).is_file():
-            raise InputError(f"sft.py: --{name} {path}: there is no such file")
-    base = Path(flags.base_model)
+def check_base_model(base_model: str) -> None:
+    """Refuses what is no model folder and cannot be a hub name."""
+    base = Path(base_model)
     if base.is_dir() and not (base / "config.json").is_file():
-        raise InputError(f"sft.py: --base_model {base}: the folder has no config.json; expected a saved HF model")
-    if not base.exists() and (flags.base_model.startswith((".", "/", "~")) or flags.base_model.count("/") > 1):
-        raise InputError(f"sft.py: --base_model {base}: there is no such folder")
+        hint = " (its final_checkpoint/ is one)" if (base / "final_checkpoint").is_dir() else ""
+        raise InputError(f"--base_model {base}: the folder has no config.json; expected a saved HF model{hint}")
+    if not base.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
+        raise InputError(f"--base_model {base}: there is no such folder")
+
+
+def check_places(flags: TrainFlags) -> None:
     if flags.prefix_cache_in not in ("device", "host") and not Path(flags.prefix_cache_in).is_dir():
         raise InputError(
-            f"sft.py: --prefix_cache_in {flags.prefix_cache_in}: is neither device nor host, and there is no such folder"
+            f"--prefix_cache_in {flags.prefix_cache_in}: is neither device nor host, and there is no such folder"
         )
     if Path(flags.output_dir).is_file():
-        raise InputError(f"sft.py: --output_dir {flags.output_dir}: is a file")
+        raise InputError(f"--output_dir {flags.output_dir}: is a file")
     resume = flags.resume_from_checkpoint
     if resume.lower() == "true" and not any(Path(flags.output_dir).glob("checkpoint-*")):
-        raise InputError(f"sft.py: --resume_from_checkpoint True, but {flags.output_dir} has no checkpoint")
+        raise InputError(f"--resume_from_checkpoint True, but {flags.output_dir} has no checkpoint")
     if resume and resume.lower() != "true" and not (Path(resume) / "trainer_state.json").is_file():
-        raise InputError(
-            f"sft.py: --resume_from_checkpoint {resume}: is no checkpoint folder (it has no trainer_state.json)"
-        )
+        raise InputError(f"--resume_from_checkpoint {resume}: is no checkpoint folder (it has no trainer_state.json)")
 
 
-def check_distribution(flags: types.SimpleNamespace) -> None:
+def check_distribution(flags: TrainFlags) -> None:
     """Refuses what would silently train the wrong thing."""
     if flags.train_from_scratch and flags.freeze_LLM:
-        raise InputError("sft.py: --train_from_scratch with --freeze_LLM would freeze random weights; choose one")
+        raise InputError("--train_from_scratch with --freeze_LLM would freeze random weights; choose one")
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             why = (
                 "never calls the gradient hook that keeps the other rows frozen" if flags.freeze_LLM else "is not supported"
             )
-            raise InputError(f"sft.py: {name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration")
+            raise InputError(f"{name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration")
+
+
+def check_evaluating(flags: EvaluateFlags) -> None:
+    """Refuses, before anything heavy is loaded, flags of evaluate.py that contradict each other or the disk."""
+    check_base_model(flags.base_model)
+    if not flags.recommend and not flags.test_file:
+        raise InputError("--test_file is missing")
+    if (folder := results_folder(flags)).is_file():
+        raise InputError(f"--output_dir {folder}: is a file")

@@ -3,9 +3,9 @@
 A model has one table of rows, its input embedding, or two where the output head is not tied to it. Each table is a
 matrix of the model (V tokens, D dimensions) of which M rows, the SID tokens' own, train:
 
-    rows = SidRows(model, ids, tokens)   # freezes the model, unfreezes its tables, registers mask_grad on them
+    rows = sft.freeze_llm(model, ids, tokens)   # freezes the model but for its tables, which get rows.mask_grad as a hook
     optimizer = SidRowAdamW(rows, lr=1e-3)
-    loss.backward(); optimizer.step()    # no number outside rows.ids can move
+    loss.backward(); optimizer.step()           # no number outside rows.ids can move
 
 The optimizer never sees the matrices. It steps a float32 copy of the rows (the masters, M x D) and writes the result
 back into the model, so weight decay, momentum and clipping cannot reach a frozen number, and an update that is smaller
@@ -41,20 +41,17 @@ class Table(NamedTuple):
 
 
 class SidRows:
-    """Freezes a model but for its SID rows; holds their float32 masters.
+    """The SID rows of a model: their ids, their tokens, and a float32 master of each table's rows.
 
-    ids: (M,) token ids in ascending order; tokens: their texts in the same order.
+    ids: (M,) token ids in ascending order; tokens: their texts in the same order. The model itself is left as it is.
     """
 
     def __init__(self, model: PreTrainedModel, ids: list[int], tokens: list[str]) -> None:
         order = sorted(range(len(ids)), key=ids.__getitem__)
         self.tokens = [tokens[i] for i in order]
         self.ids = torch.tensor([ids[i] for i in order], device=model.get_input_embeddings().weight.device)
-        model.requires_grad_(False)
         self.tables = []
         for name, weight in tables_of(model).items():
-            weight.requires_grad_(True)
-            weight.register_hook(self.mask_grad)
             dtype = torch.promote_types(weight.dtype, torch.float32)
             master = nn.Parameter(weight.detach()[self.ids].to(dtype))
             self.tables.append(Table(name, weight, master))

@@ -1,4 +1,11 @@
-"""The tasks: what a row shows, what it asks for, and in which words."""
+"""The tasks: what an example shows, what it asks for, and in which words.
+
+    render(TASKS["sid_sid"], Row("ann", (0, 1), 2), catalogue, read_prompts(None, "Toys"))
+        -> ("Semantic IDs of the Toys products that one customer bought, oldest first, one per line:\\n"
+            "<a_0><b_0>\\n<a_0><b_1>\\n", "<a_1><b_0>")
+
+Text alone: nothing here needs a tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +17,17 @@ from sid_sft.catalogue import Catalogue, Item
 from sid_sft.files import InputError, read_json
 from sid_sft.interactions import Row
 
-SEPARATOR = "\n"  # ends each item of a history; titles are single lines, so it never stands inside one
+SEPARATOR = "\n"  # ends each item of a history; a title is one line, so no title holds a separator
 
 
 class Task(NamedTuple):
-    """What one example shows and asks. `group` is the name that --tasks takes; `shows` and `answers` say in which form
-    items stand in the prompt and in the answer."""
+    """One way to make an example of a row: sid_title shows the SIDs of a history and asks for the next item's title."""
 
     name: str
-    group: str
-    rows: str  # "interactions", "items" or "preferences"
-    shows: str  # "sid" or "title"
-    answers: str  # "sid", "title" or "preference" (the user's preference, then the SID)
+    group: str  # the name that --tasks takes: "item" stands for item_sid_title and item_title_sid
+    rows: str  # what it makes examples of: "interactions" (a CSV), "items" (the catalogue) or "preferences"
+    shows: str  # how items are written in the prompt: "sid" or "title"
+    answers: str  # what the answer is: "sid", "title" or "preference" (the user's preference, then the SID)
 
 
 TASKS = {
@@ -68,28 +74,33 @@ CATEGORY_NAMES = {
 
 
 def category_name(category: str) -> str:
-    """The words for a category in a prompt: a readable name for a known one, free text as it stands otherwise."""
+    """A category in words, for prompts: "Office_Products" -> "office", "garden_tools" -> "garden tools", "" -> "shop"."""
     return CATEGORY_NAMES.get(category, category.replace("_", " ").strip()) or "shop"
 
 
-def read_prompts(path: Path | None, category: str) -> dict[str, str]:
-    """Task name -> template with the category filled in: the shipped wording, overridden by a JSON file's entries."""
-    templates = dict(PROMPTS)
-    if path is not None:
-        own = read_json(path, 'prompts like {"sid_sid": "Bought so far:\\n{history}"}')
-        if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
-            raise InputError(f"{path}: must map task names to templates, all strings")
-        if unknown := own.keys() - templates.keys():
-            raise InputError(f"{path}: unknown task {min(unknown)!r}; the tasks are {', '.join(TASKS)}")
-        templates.update(own)
-    templates = {name: text.replace("{category}", category_name(category)) for name, text in templates.items()}
+def read_prompts(own: str | Path | dict[str, str] | None, category: str) -> dict[str, str]:
+    """Task name -> template with the category filled in: the shipped wording, where `own` has no other for the task.
+
+    read_prompts({"sid_sid": "{category} so far:\\n{history}"}, "Toys")["sid_sid"] -> "Toys so far:\\n{history}"
+    A path is a JSON file of such templates. InputError names a task that is unknown or a template that cannot be used.
+    """
+    where = "prompts"
+    if isinstance(own, str | Path):
+        where, own = str(own), read_json(Path(own), 'prompts like {"sid_sid": "Bought so far:\\n{history}"}')
+    own = {} if own is None else own
+    if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
+        raise InputError(f"{where}: must map task names to templates, all strings")
+    if unknown := own.keys() - PROMPTS.keys():
+        raise InputError(f"{where}: unknown task {min(unknown)!r}; the tasks are {', '.join(TASKS)}")
+    name_of_category = category_name(category)
+    templates = {name: text.replace("{category}", name_of_category) for name, text in {**PROMPTS, **own}.items()}
     for name, template in templates.items():
-        check_template(f"{path or 'prompts'}: {name!r}", template, TASKS[name])
+        check_template(f"{where}: {name!r}", template, TASKS[name])
     return templates
 
 
 def check_template(where: str, template: str, task: Task) -> None:
-    """A template names each of its fields once, and a history stands last so that the next line is the answer."""
+    """InputError unless a template has each of its fields once, and {history} last, so that the next line is the answer."""
     fields = ["{item}"] if task.rows == "items" else ["{history}"]
     fields += ["{preference}"] if task.name == "preference_sid" else []
     for field in fields:
@@ -102,24 +113,24 @@ def check_template(where: str, template: str, task: Task) -> None:
 
 
 def render(task: Task, row: Row, catalogue: Catalogue, prompts: dict[str, str]) -> tuple[str, str]:
-    """The prompt and the answer of an example as text; the answer's end token is added when it is encoded."""
+    """The prompt and the answer of an example as text; encoding adds the end token to the answer."""
     target = catalogue.items[row.item]
     sid = "".join(target.sid)
     if task.rows == "items":
         prompt = prompts[task.name].replace("{item}", target.title if task.shows == "title" else sid)
     else:
-        lines = (history_line(catalogue.items[place], task.shows) for place in row.history)
+        lines = (history_line(catalogue.items[position], task.shows) for position in row.history)
         prompt = prompt_head(task, row, prompts) + "".join(lines)
     answer = {"sid": sid, "title": target.title, "preference": row.preference + SEPARATOR + sid}[task.answers]
     return prompt, answer
 
 
 def prompt_head(task: Task, row: Row, prompts: dict[str, str]) -> str:
-    """The text before the history."""
+    """The text of a prompt before its history."""
     return prompts[task.name].removesuffix("{history}").replace("{preference}", row.preference)
 
 
 def history_line(item: Item, shows: str) -> str:
-    """The line of a history that shows an item; none for an item that has no title to show."""
+    """The line of a history that shows an item, such as "<a_0><b_1>\\n"; "" for an item without the title to show."""
     text = item.title if shows == "title" else "".join(item.sid)
     return text + SEPARATOR if text else ""

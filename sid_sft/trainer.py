@@ -12,11 +12,13 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
@@ -24,12 +26,19 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from sid_sft.files import InputError
 from sid_sft.forward.choose import Forward, choose_forward
 from sid_sft.forward.examples import Examples
-from sid_sft.recommend.evaluator import Evaluator
+from sid_sft.private_doors import ResumesFromOwnFiles, closed_doors, installed
 from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, SidRows
 from sid_sft.steps import StepLoader, StepSampler, deal
 from sid_sft.tasks import TASKS
 
+if TYPE_CHECKING:
+    from transformers.trainer_utils import TrainOutput
+
+    from sid_sft.recommend.evaluator import Evaluator
+
 logger = logging.getLogger("sft.trainer")
+
+NEVER = torch.iinfo(torch.int64).max  # no step of any run
 
 
 class LogLines(ProgressCallback):
@@ -42,8 +51,12 @@ class LogLines(ProgressCallback):
                 logger.info(f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.2f}: {numbers}")
 
 
-class SidTrainer(Trainer):
-    """Trains the whole model, or with `rows` the SID rows alone."""
+class SidTrainer(ResumesFromOwnFiles, Trainer):
+    """Trains the whole model, or with `rows` the SID rows alone.
+
+    The Trainer clips the gradients of the model, saves it and loads it; the rows' masters are no parameters of the model,
+    so here they are clipped, saved and loaded. What the Trainer is relied on for is checked before the first step.
+    """
 
     def __init__(
         self,
@@ -64,11 +77,6 @@ class SidTrainer(Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(LogLines())
-        # A step's gradients are summed here, once; the wrapper that would sum them every backward is not wanted.
-        prepare_model = self.accelerator.prepare_model
-        self.accelerator.prepare_model = lambda model, **options: prepare_model(
-            model, **{**options, "evaluation_mode": True}
-        )
         examples = Examples(self.train_dataset)
         self.sampler = StepSampler(
             examples,
@@ -90,7 +98,14 @@ class SidTrainer(Trainer):
         self.eval_forward = None
         if self.eval_dataset is not None:
             self.eval_forward = self.forward.for_evaluation(Examples(self.eval_dataset))
+        # A step's gradients are summed here, once. A model that is prepared as if for evaluation gets no wrapper that would
+        # sum them every backward, and is not prepared a second time.
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.evaluator = evaluator
+        self.max_norm = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
+        self.grad_norm = torch.zeros(())
+        self.bad_step = torch.tensor(NEVER, device=self.args.device)  # the first whose loss is not finite, here
+        self.resumes = self.loaded = self.first_step_checked = False
         self.reset_task_sums()
         self.tokens_seen, self.train_s = 0, 0.0
         self.logged_tokens, self.logged_train_s = 0, 0.0
@@ -117,7 +132,11 @@ class SidTrainer(Trainer):
             (nll.sum() / labels).backward()
             self.task_sums[:, 0] += nll.detach()
             total += nll.detach().sum()
+        step = self.state.global_step + 1
+        self.bad_step = torch.where(total.isfinite(), self.bad_step, self.bad_step.clamp(max=step))
         self.sum_gradients()
+        if self.rows is not None:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.rows.masters, self.max_norm)
         self.task_sums[:, 1] += self.labels_per_task(inputs)
         self.tokens_seen += int(self.forward.examples.length[inputs].sum())
         self.train_s += time.monotonic() - started
@@ -145,16 +164,12 @@ class SidTrainer(Trainer):
         for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in self.trained()]:
             work.wait()
 
-    def _clip_grad_norm(self, model: PreTrainedModel) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(self.trained(), self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: PreTrainedModel, grad_norm: Tensor | None = None) -> Tensor:
-        return grad_norm if grad_norm is not None else torch.nn.utils.get_total_norm([p.grad for p in self.trained()])
-
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
         if self.rows is None:
-            return super().create_optimizer(model)
-        if self.optimizer is None:
+            super().create_optimizer(model)
+        else:
             args = self.args
             self.optimizer = SidRowAdamW(
                 self.rows,
@@ -163,7 +178,24 @@ class SidTrainer(Trainer):
                 eps=args.adam_epsilon,
                 weight_decay=args.weight_decay,
             )
+        self.optimizer.register_step_pre_hook(self.check_first_step)
         return self.optimizer
+
+    def check_first_step(self, *_) -> None:
+        """Stops before the first step where the Trainer has not done what it is relied on for."""
+        if self.first_step_checked:
+            return
+        self.first_step_checked = True
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None])
+        fault = ""
+        if norm > self.max_norm * 1.01:  # a little above is rounding
+            fault = "the gradients are not clipped"
+        elif isinstance(self.model_wrapped, DistributedDataParallel):
+            fault = "the model is in a wrapper that sums gradients at every backward"
+        elif self.resumes and not self.loaded:
+            fault = "the rows of the checkpoint are not loaded"
+        if fault:
+            raise InputError(f"with {installed()} {fault}; install the versions of requirements.txt")
 
     def floating_point_ops(self, inputs: np.ndarray) -> int:
         return 0  # the Trainer's estimate knows neither trees nor frozen prefixes; tokens per second are logged instead
@@ -174,6 +206,7 @@ class SidTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The mean loss over all supervised tokens of the evaluation data, the same on any number of processes."""
         started = time.monotonic()
+        self.stop_unless_finite()
         self.model.eval()
         forward = self.eval_forward
         indices = np.arange(len(forward.examples))
@@ -184,6 +217,8 @@ class SidTrainer(Trainer):
         if self.args.world_size > 1:
             dist.all_reduce(total)
         metrics = {f"{metric_key_prefix}_loss": float(total) / int(forward.examples.labels.sum())}
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            raise self.not_finite(f"the evaluation loss after step {self.state.global_step} is")
         if self.evaluator is not None:
             with self.accelerator.autocast():
                 found = self.evaluator.metrics(self.model)
@@ -203,10 +238,13 @@ class SidTrainer(Trainer):
         return torch.from_numpy(counts / self.args.world_size).to(self.task_sums)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the loss of each task since the last line; refuses to train on when the loss is no number."""
+        """Adds the loss of each task since the last line and the gradient norm of the rows."""
+        self.stop_unless_finite()
         if "loss" in logs:
             if self.args.world_size > 1:
                 dist.all_reduce(self.task_sums)
+            if self.rows is not None:
+                logs["grad_norm"] = self.grad_norm
             for name, (loss, labels) in zip(TASKS, self.task_sums.tolist(), strict=True):
                 if labels:
                     logs[f"loss_{name}"] = loss / labels
@@ -214,9 +252,28 @@ class SidTrainer(Trainer):
             tokens, seconds = self.tokens_seen - self.logged_tokens, self.train_s - self.logged_train_s
             logs["tokens_per_s"] = tokens / max(seconds, 1e-9)
             self.logged_tokens, self.logged_train_s = self.tokens_seen, self.train_s
-            if not math.isfinite(logs["loss"]):
-                raise InputError(f"the loss is {logs['loss']} at step {self.state.global_step}; try a lower --learning_rate")
         super().log({key: readable(value) for key, value in logs.items()}, start_time)
+
+    def stop_unless_finite(self, *, weights: bool = False) -> None:
+        """Refuses to go on after a loss that was no finite number; with `weights`, where a trained value is none.
+
+        Every process must call, where it waits for the device anyway; what each one met is known to all afterwards.
+        """
+        bad = self.bad_step.clone()
+        now = self.state.global_step
+        if weights:
+            finite = torch.stack([parameter.isfinite().all() for parameter in self.trained()]).all()
+            bad = torch.where(finite, bad, bad.clamp(max=now + 1))  # the next loss would not be finite
+        if self.args.world_size > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MIN)
+        if (step := int(bad)) <= now:
+            raise self.not_finite(f"the loss of step {step} is")
+        if step < NEVER:
+            raise self.not_finite(f"some weights after step {now} are")
+
+    def not_finite(self, what: str) -> InputError:
+        rate = self.args.learning_rate
+        return InputError(f"{what} not finite (nan or infinite); try a lower --learning_rate than {rate:g}")
 
     def log_speed(self, started: float) -> None:
         """Logs tokens per second of training, peak memory of this process, and the time of the whole run."""
@@ -235,25 +292,35 @@ class SidTrainer(Trainer):
 
     # ---- checkpoints: in freeze mode rows, optimizer, scheduler and position, megabytes in all
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.rows is None:
-            super()._save(output_dir, state_dict)
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.rows.save(folder / ROWS_FILE, self.base_hash)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **settings) -> TrainOutput:
+        """Trains; ends with the best of the checkpoints where the Trainer was told to load it."""
+        self.resumes = bool(resume_from_checkpoint) and self.rows is not None
+        if self.resumes and (closed := closed_doors("Trainer")):
+            raise InputError(closed[0])
+        output = super().train(resume_from_checkpoint, **settings)
+        best = self.state.best_model_checkpoint
+        if best is not None and self.args.load_best_model_at_end:
+            self.load_weights(Path(best))
+        self.stop_unless_finite(weights=True)
+        return output
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, **settings) -> None:
+        """Writes the weights of a checkpoint: in freeze mode the rows alone."""
+        self.stop_unless_finite(weights=True)
         if self.rows is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.rows.load(Path(resume_from_checkpoint) / ROWS_FILE)
+            super().save_model(output_dir, **settings)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.rows.save(folder / ROWS_FILE, self.base_hash)
 
-    def _load_best_model(self) -> None:
+    def load_weights(self, folder: Path) -> bool:
+        """Loads the rows of a checkpoint; in full mode nothing, and says so."""
         if self.rows is None:
-            super()._load_best_model()
-        else:
-            self.rows.load(Path(self.state.best_model_checkpoint) / ROWS_FILE)
+            return False
+        self.rows.load(folder / ROWS_FILE)
+        self.loaded = True
+        return True
 
 
 def readable(value: float, digits: int = 7) -> float:

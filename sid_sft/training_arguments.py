@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import types
 from typing import TYPE_CHECKING
 
 from sid_sft.command_line import world_size
 from sid_sft.files import InputError, error_text
+from sid_sft.settings import BATCH_SIZE, TrainFlags, examples_per_step, intervals
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from transformers import TrainingArguments
 
+logger = logging.getLogger("sft.training_arguments")
+
 FULL_LEARNING_RATE = 3e-4
 
 
-def training_arguments(flags: types.SimpleNamespace) -> TrainingArguments:
+def training_arguments(flags: TrainFlags) -> TrainingArguments:
     """The flags as HF TrainingArguments. One batch of the Trainer is one optimizer step: the trainer cuts it itself."""
     import torch
     from transformers import TrainingArguments
@@ -25,13 +28,17 @@ def training_arguments(flags: types.SimpleNamespace) -> TrainingArguments:
     if flags.wandb_project:
         os.environ["WANDB_PROJECT"] = flags.wandb_project
     evaluate = bool(flags.eval_file)
-    interval = {"eval_steps": whole(flags.eval_steps), "save_steps": whole(flags.save_steps)}
+    evaluating, saving = intervals(flags)
+    batch_size = examples_per_step(flags)
+    if flags.batch_size is None and batch_size != BATCH_SIZE:
+        shares = f"micro_batch_size x processes = {flags.micro_batch_size} x {world_size()}"
+        logger.info(f"--batch_size {batch_size}: the first multiple of {shares} from {BATCH_SIZE} on")
     try:
         return TrainingArguments(
             output_dir=flags.output_dir,
             num_train_epochs=flags.num_epochs,
             max_steps=flags.max_steps,
-            per_device_train_batch_size=flags.batch_size // world_size(),
+            per_device_train_batch_size=batch_size // world_size(),
             learning_rate=flags.learning_rate or FULL_LEARNING_RATE,
             weight_decay=flags.weight_decay,
             lr_scheduler_type=flags.lr_scheduler_type,
@@ -43,7 +50,8 @@ def training_arguments(flags: types.SimpleNamespace) -> TrainingArguments:
             logging_nan_inf_filter=False,
             eval_strategy="steps" if evaluate else "no",
             save_strategy="steps",
-            **interval,
+            eval_steps=whole(evaluating),
+            save_steps=whole(saving),
             save_total_limit=2,
             load_best_model_at_end=evaluate,
             metric_for_best_model=flags.metric_for_best_model if evaluate else None,
@@ -54,7 +62,7 @@ def training_arguments(flags: types.SimpleNamespace) -> TrainingArguments:
             average_tokens_across_devices=False,
         )
     except (ValueError, KeyError) as error:
-        raise InputError(f"sft.py: {error_text(error)}") from None
+        raise InputError(error_text(error)) from None
 
 
 def whole(steps: float) -> float | int:
@@ -62,14 +70,14 @@ def whole(steps: float) -> float | int:
     return int(steps) if steps >= 1 else steps
 
 
-def early_stopping(flags: types.SimpleNamespace, eval_data: Dataset | None) -> list:
+def early_stopping(flags: TrainFlags, eval_data: Dataset | None) -> list:
     from transformers import EarlyStoppingCallback
 
     wanted = eval_data is not None and flags.early_stopping_patience > 0
     return [EarlyStoppingCallback(flags.early_stopping_patience)] if wanted else []
 
 
-def resume_point(flags: types.SimpleNamespace) -> str | bool | None:
+def resume_point(flags: TrainFlags) -> str | bool | None:
     if not flags.resume_from_checkpoint:
         return None
     if flags.resume_from_checkpoint.lower() == "true":
@@ -77,7 +85,7 @@ def resume_point(flags: types.SimpleNamespace) -> str | bool | None:
     return flags.resume_from_checkpoint
 
 
-def compute_dtype(flags: types.SimpleNamespace, base_dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(flags: TrainFlags, base_dtype: torch.dtype) -> torch.dtype:
     """bfloat16 for a frozen model where bf16 is on; otherwise float32 (a model that trains whole keeps float32 weights)."""
     import torch
 
@@ -86,7 +94,7 @@ def compute_dtype(flags: types.SimpleNamespace, base_dtype: torch.dtype) -> torc
     return torch.bfloat16 if flags.freeze_LLM and use_bf16(flags) else torch.float32
 
 
-def use_bf16(flags: types.SimpleNamespace) -> bool:
+def use_bf16(flags: TrainFlags) -> bool:
     import torch
 
     return flags.bf16 if flags.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -69,6 +69,23 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def ids_to_fill(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str], new_ids: list[int]
+) -> list[int]:
+    """The ids of SID tokens whose rows need first values: new ones, and those for which the model never had a row.
+
+    Tells how many tokens are new, how many keep their rows, and how many the tokenizer had without a row.
+    """
+    had_rows = len(model.get_input_embeddings().weight)
+    rowless = sorted({i for i in tokenizer.convert_tokens_to_ids(tokens) if i >= had_rows} - set(new_ids))
+    logger.info(f"Adding {len(new_ids)} new tokens to tokenizer")
+    if kept := len(tokens) - len(new_ids) - len(rowless):
+        logger.info(f"{kept} of {len(tokens)} SID tokens were there already and keep their rows")
+    if rowless:
+        logger.info(f"{len(rowless)} of {len(tokens)} SID tokens were in the tokenizer, but had no row; they get one")
+    return new_ids + rowless
+
+
 def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
     """Gives the model a row for each token. Never shrinks: many models have more rows than their tokenizer has tokens.
 

@@ -99,9 +99,7 @@ def extended(kind: str, *, freeze: bool) -> tuple[PreTrainedModel, SidRows | Non
     sft.grow_embeddings(model, TOKENS + SIDS)
     ids = list(range(TOKENS, TOKENS + SIDS))
     sft.init_rows(model, ids, TOKENS, seed=0)
-    rows = SidRows(model, ids, [f"<{i}>" for i in ids]) if freeze else None
-    if rows:
-        sft.turn_dropout_off(model)
+    rows = sft.freeze_llm(model, ids, [f"<{i}>" for i in ids]) if freeze else None
     return model.eval(), rows
 
 

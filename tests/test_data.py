@@ -1,3 +1,4 @@
+import ast
 import csv
 import json
 import logging
@@ -19,7 +20,7 @@ from sid_sft.catalogue import read_catalogue
 from sid_sft.cells import LIST_COLUMNS, read_list
 from sid_sft.dataset_cache import Source, processes
 from sid_sft.encoding import LINE_PATTERNS, Encoder
-from sid_sft.files import InputError
+from sid_sft.files import InputError, whole_folder
 from sid_sft.interactions import Row, read_preferences, read_rows
 from sid_sft.tasks import PROMPTS, TASK_GROUPS, TASKS, read_prompts, render
 
@@ -62,7 +63,7 @@ def catalogue_of(folder):
 
 def rows_of(task, folder, catalogue):
     if task.rows == "items":
-        return [Row("", (), place) for place in range(len(catalogue.items))]
+        return [Row("", (), item) for item in range(len(catalogue.items))]
     if task.rows == "preferences":
         return list(read_preferences(folder / "toy.preferences.json", catalogue, "train"))
     return list(read_rows(folder / "toy.csv", catalogue))
@@ -111,7 +112,7 @@ def test_the_ids_of_a_prompt_are_the_tokenizers_ids_of_its_text(folder, name, ta
             *tokenizer(answer, add_special_tokens=False)["input_ids"],
             end,
         ]
-        sids = [place for place, token in enumerate(example.input_ids) if token in encoder.sid_token_ids]
+        sids = [at for at, token in enumerate(example.input_ids) if token in encoder.sid_token_ids]
         assert example.static_len == min(sids, default=len(example.input_ids))
         assert example.dropped == 0
 
@@ -261,7 +262,7 @@ def test_the_ids_of_real_prompts_are_the_tokenizers_ids_of_their_text(task):
     encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=10_000)
     assert encoder.lines("title") is not None
     if TASKS[task].rows == "items":
-        rows = [Row("", (), place) for place in range(len(catalogue.items))]
+        rows = [Row("", (), item) for item in range(len(catalogue.items))]
     else:
         rows = list(read_rows(Path(f"{AMAZON}.valid.csv"), catalogue))[::4]
     texts = [render(TASKS[task], row, catalogue, prompts) for row in rows]
@@ -299,9 +300,7 @@ def test_a_pad_or_cut_that_was_asked_of_the_tokenizer_before_changes_nothing(fol
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 def test_only_the_answer_is_supervised_and_its_end_is_learned_even_where_it_pads(folder, pad):
     tokenizer = toy.byte_level(pad=pad)
-    files = {"index_file": folder / "toy.index.json", "item_file": folder / "toy.item.json"}
-    dataset = data.SidSFTDataset(folder / "toy.csv", tokenizer, category="Toys", **files)
-    example = dataset[0]
+    example = public(folder, "SidSFTDataset", tokenizer)[0]
     supervised = [i for i, label in enumerate(example["labels"]) if label != -100]
     assert tokenizer.decode([example["labels"][i] for i in supervised]) == "<a_1><b_0><c_1><d_1><eos>"
     assert supervised == list(range(len(example["input_ids"]) - 5, len(example["input_ids"])))
@@ -618,8 +617,6 @@ def test_a_cell_that_is_no_list_is_refused_with_file_line_and_column(folder, mon
     ],
 )
 def test_a_list_cell_reads_as_python_reads_it(cell):
-    import ast
-
     assert read_list(cell) == ast.literal_eval(cell.strip())
 
 
@@ -1061,16 +1058,56 @@ PUBLIC = {
 }
 
 
-@pytest.mark.parametrize("sample", [-1, 2])
+def public(folder, name, tokenizer, **options):
+    """A public dataset of the folder's files, made as a user makes one."""
+    files = {"index_file": folder / "toy.index.json", "item_file": folder / "toy.item.json", "cache_dir": folder / "cache"}
+    _, file = PUBLIC[name]
+    return getattr(data, name)(file and folder / file, tokenizer, **{"category": "Toys", **files, **options})
+
+
+def source_of(folder, name):
+    """What build_dataset reads for the task of a public dataset."""
+    file = PUBLIC[name][1]
+    if file is None:
+        return Source()
+    return Source(folder / file) if file == "toy.csv" else Source(preferences=folder / file)
+
+
+OWN_PROMPTS = {
+    "sid_sid": "{category} so far:\n{history}",
+    "item_sid_title": "{item} is called ",
+    "item_title_sid": "{item} is ",
+    "sid_title": "Next title, {category}:\n{history}",
+    "title_title": "Titles of {category}:\n{history}",
+    "title_sid": "SID after these titles:\n{history}",
+    "preference": "What is looked for, then a SID:\n{history}",
+    "preference_sid": "Looks for {preference}:\n{history}",
+}
+
+
+def test_every_task_has_a_public_dataset():
+    exported = {name: getattr(data, name) for name in data.__all__}
+    datasets = {name for name, value in exported.items() if isinstance(value, type) and issubclass(value, data.SFTDataset)}
+    assert datasets == set(PUBLIC)
+    assert {exported[name].tasks for name in datasets} == set(TASK_GROUPS)
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": 2}, {"sample": 2, "seed": 7}, {"prompts": OWN_PROMPTS}], ids=str)
 @pytest.mark.parametrize("name", PUBLIC)
-def test_the_public_datasets_agree_with_build_dataset_example_for_example(folder, name, sample):
-    group, file = PUBLIC[name]
+def test_the_public_datasets_agree_with_build_dataset_example_for_example(folder, name, options):
     tokenizer = toy.byte_level()
-    files = {"index_file": folder / "toy.index.json", "item_file": folder / "toy.item.json"}
-    public = getattr(data, name)(file and folder / file, tokenizer, category="Toys", sample=sample, **files)
-    built = build(folder, [group], tokenizer, sample=sample)
-    assert len(public) == len(built) > 0
-    for example, row in zip(public, built, strict=True):
+    dataset = public(folder, name, tokenizer, **options)
+    built = build_dataset(
+        source_of(folder, name),
+        [PUBLIC[name][0]],
+        catalogue=catalogue_of(folder),
+        tokenizer=tokenizer,
+        cutoff_len=512,
+        cache_dir=folder / "another cache",
+        **{**options, "prompts": read_prompts(options.get("prompts"), "Toys")},
+    )
+    assert len(dataset) == len(built) > 0
+    for example, row in zip(dataset, built, strict=True):
         prompt, answer = row["input_ids"][: row["prompt_len"]], row["input_ids"][row["prompt_len"] :]
         if name == "EvalSidDataset":
             assert example == {"input_ids": prompt, "attention_mask": [1] * len(prompt), "labels": answer}
@@ -1079,11 +1116,57 @@ def test_the_public_datasets_agree_with_build_dataset_example_for_example(folder
             assert example == {"input_ids": prompt + answer, "attention_mask": [1] * len(labels), "labels": labels}
 
 
+def test_a_public_dataset_opens_the_files_that_build_dataset_wrote(folder, monkeypatch):
+    tokenizer = toy.byte_level()
+    built = build_dataset(
+        Source(folder / "toy.csv"),
+        ["sid_sid"],
+        catalogue=catalogue_of(folder),
+        prompts=read_prompts(None, "Toys"),
+        tokenizer=tokenizer,
+        cutoff_len=512,
+        cache_dir=folder / "cache",
+    )
+    monkeypatch.setattr(data, "write_dataset", None)
+    assert public(folder, "SidSFTDataset", tokenizer).dataset.cache_files == built.cache_files
+
+
+def test_a_public_dataset_takes_prompts_as_templates_or_as_a_file(folder):
+    tokenizer = toy.byte_level()
+    path = toy.write_json(folder / "prompts.json", {"sid_sid": OWN_PROMPTS["sid_sid"]})
+    for prompts in (OWN_PROMPTS, path, str(path)):
+        example = public(folder, "EvalSidDataset", tokenizer, prompts=prompts)[0]
+        assert tokenizer.decode(example["input_ids"]).startswith("Toys so far:\n<a_0><b_0><c_0>\n")
+    fault = one_error(lambda: public(folder, "SidSFTDataset", tokenizer, prompts={"sid_sid": "Bought:"}))
+    assert fault == "prompts: 'sid_sid' has 0 {history}; expected one"
+
+
+def test_a_public_dataset_refuses_and_allows_lost_rows_as_build_dataset_does(folder):
+    toy.write_items(folder, {**toy.TITLES, "4": "", "2": None, "0": ""})
+    lost = "task 'sid_title': 4 of 5 rows would be left out, more than --max_left_out 0.2 allows: no title"
+    assert lost in one_error(lambda: public(folder, "FusionSeqRecDataset", toy.byte_level()))
+    assert len(public(folder, "FusionSeqRecDataset", toy.byte_level(), max_left_out=0.8)) == 1
+    assert len(public(folder, "SidItemFeatDataset", toy.byte_level())) == 4
+    shortest = min(len(example["input_ids"]) for example in public(folder, "SidSFTDataset", toy.byte_level()))
+    lost = "5 rows would be left out, more than --max_left_out 0.2 allows: no title, or template, newest item and answer "
+    assert lost in one_error(lambda: public(folder, "SidSFTDataset", toy.byte_level(), max_len=shortest))
+    toy.write_items(folder, dict.fromkeys(toy.TITLES, ""))
+    assert "task 'title_title' has no example" in one_error(lambda: public(folder, "SFTData", toy.byte_level()))
+
+
 def test_a_public_dataset_names_what_it_lacks(folder):
-    index = folder / "toy.index.json"
-    assert "needs a tokenizer" in one_error(lambda: data.SidSFTDataset(folder / "toy.csv", index_file=index))
-    assert "needs the file" in one_error(lambda: data.SidSFTDataset(None, toy.byte_level(), index_file=index))
-    assert "needs the file" in one_error(lambda: data.PreferenceSFTDataset(None, toy.byte_level(), index_file=index))
+    assert "needs a tokenizer" in one_error(lambda: public(folder, "SidSFTDataset", None))
+    files = {"index_file": folder / "toy.index.json", "cache_dir": folder / "cache"}
+    for name, kind in (("SidSFTDataset", "interactions"), ("PreferenceSFTDataset", "preferences")):
+        fault = one_error(lambda name=name: getattr(data, name)(None, toy.byte_level(), **files))
+        assert fault == f"no file of {kind} is given; the tasks over {kind} need one"
+
+
+def test_a_public_dataset_has_an_end(folder):
+    dataset = public(folder, "SidSFTDataset", toy.byte_level())
+    assert dataset[-1] == dataset[len(dataset) - 1]
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
 
 
 def test_columns_count_what_they_say(folder):
@@ -1095,3 +1178,53 @@ def test_columns_count_what_they_say(folder):
         assert 0 < row["static_len"] <= row["length"]
         assert 0 < row["prompt_len"] < row["length"]
     assert np.all(np.diff(dataset["task"]) >= 0)
+
+
+# ---------------------------------------------------------------------------------------------- the modules
+
+
+def imports_of(path):
+    """The modules of this project that a module imports, wherever in it."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    return {module for module in modules if module.split(".")[0] in ("sid_sft", "data", "sft", "evaluate", "rq")}
+
+
+def test_imports_go_one_way_from_files_to_data():
+    root = Path(data.__file__).parent
+    modules = ["files", "catalogue", "cells", "interactions", "tasks", "encoding", "dataset_cache"]
+    allowed = set()
+    for module in modules:
+        assert imports_of(root / "sid_sft" / f"{module}.py") <= allowed, module
+        allowed.add(f"sid_sft.{module}")
+    assert imports_of(root / "data.py") <= allowed
+
+
+def test_one_module_on_each_side_moves_what_was_written_into_place():
+    root = Path(data.__file__).parent
+    sources = [*root.glob("*.py"), *(root / "sid_sft").rglob("*.py"), *(root / "rq").glob("*.py")]
+    moving = {str(path.relative_to(root)) for path in sources if "os.replace" in path.read_text()}
+    assert moving == {"sid_sft/files.py", "rq/files.py"}
+
+
+def test_a_folder_that_is_written_anew_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+    folder = tmp_path / "checkpoint"
+    with whole_folder(folder) as scratch:
+        (scratch / "first").touch()
+
+    def interrupted():
+        with whole_folder(folder) as scratch:
+            (scratch / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    with whole_folder(folder) as scratch:
+        (scratch / "second").touch()
+    assert [path.name for path in folder.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [folder]

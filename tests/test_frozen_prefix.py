@@ -50,7 +50,7 @@ ARCHITECTURES = {
 def extended(kind: str, tokenizer, sid_tokens, dtype=torch.float32):
     """A small model with the SID rows, frozen but for them."""
     model = small_model(kind.split("-")[0], len(tokenizer) + 7, **ARCHITECTURES.get(kind, {})).to(dtype)
-    rows = SidRows(model, tokenizer.convert_tokens_to_ids(sid_tokens), sid_tokens)
+    rows = sft.freeze_llm(model, tokenizer.convert_tokens_to_ids(sid_tokens), sid_tokens)
     return model.eval(), rows
 
 
@@ -203,7 +203,7 @@ def industrial(tmp_path_factory):
         sample=40,
         cache_dir=tmp_path_factory.mktemp("industrial"),
     )
-    return model, SidRows(model, ids, tokens), Examples(dataset)
+    return model, sft.freeze_llm(model, ids, tokens), Examples(dataset)
 
 
 def test_a_disk_without_room_is_named_and_nothing_is_left_there(tokenizer, sid_tokens, dataset, tmp_path, monkeypatch):

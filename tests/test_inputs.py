@@ -408,36 +408,6 @@ def test_a_tokenizer_that_would_change_a_sid_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "evaluating", "saving"),
-    [
-        ({"eval_steps": 6}, 6, 6),
-        ({"save_steps": 4}, 4, 4),
-        ({"eval_steps": 0.1}, 0.1, 0.1),
-        ({"eval_steps": 2, "save_steps": 4}, 2, 4),
-        ({}, 0.05, 0.05),
-        ({"eval_file": None, "eval_steps": 6}, 6, 0.05),
-        ({"eval_file": None, "save_steps": 7}, 0.05, 7),
-        ({"eval_file": None, "eval_steps": 6, "save_steps": 0.3}, 6, 0.3),
-    ],
-)
-def test_saving_and_evaluating_follow_the_one_that_is_named(given, evaluating, saving, flags):
-    import inspect
-
-    defaults = {name: parameter.default for name, parameter in inspect.signature(sft.train).parameters.items()}
-    arguments = flags(eval_steps=None, save_steps=None)
-    values = dict(zip((name[2:] for name in arguments[::2]), arguments[1::2], strict=True))
-    checked = sft.check_flags(
-        {
-            **defaults,
-            **values,
-            **({"eval_file": ""} if "eval_file" in given else {}),
-            **{k: v for k, v in given.items() if v},
-        }
-    )
-    assert (checked.eval_steps, checked.save_steps) == (evaluating, saving)
-
-
-@pytest.mark.parametrize(
     "given", [{"eval_steps": 6, "save_steps": 4}, {"eval_steps": 6, "save_steps": 0.5}, {"eval_steps": 0.1, "save_steps": 5}]
 )
 def test_intervals_that_contradict_each_other_are_refused(given, flags, caplog):

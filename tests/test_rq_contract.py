@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rq import prepare, rqkmeans, text2emb
-from rq.generate_indices import read_index, sid_tokens
-from sid_sft.interactions import read_rows
+from rq.index_file import read_sids, sid_tokens
+from sid_sft.interactions import CSV_COLUMNS, read_rows
 
 data = pytest.importorskip("data", reason="rq/ stands alone here")
 sft = pytest.importorskip("sft", reason="rq/ stands alone here")
@@ -45,8 +45,12 @@ def shop(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_both_sides_name_the_columns_of_the_csvs_alike():
+    assert prepare.CSV_COLUMNS == CSV_COLUMNS
+
+
 def test_sft_reads_the_tokens_of_an_index_of_mixed_depth(shop):
-    index = read_index(shop / "Shop.index.json")
+    index = read_sids(shop / "Shop.index.json")
     assert {len(codes) for codes in index.values()} == {3, 4}
     tokens = sft.TokenExtender(str(shop), "Shop", ".index.json").get_new_tokens()
     assert tokens == sorted({token for codes in index.values() for token in sid_tokens(codes)})

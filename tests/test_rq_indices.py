@@ -6,17 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refusal
 
-from rq import catalogue, collisions, generate_indices, generate_indices_plus, rqkmeans
-from rq.generate_indices import append_to_index, read_index, resolve, sid_codes, sid_tokens, write_index
-
-
-def refusal(main, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stopped.value.code, str)
-    assert "\n" not in stopped.value.code
-    return stopped.value.code
+from rq import catalogue, collisions, command_line, generate_indices, generate_indices_plus, index_file, rqkmeans
+from rq.files import InputError
+from rq.index_file import append_sids, read_sids, sid_codes, sid_tokens, write_sids
+from rq.publishing import resolve
 
 
 def save(path: Path, array: np.ndarray) -> Path:
@@ -31,7 +26,7 @@ def catalogue_with_duplicates(tmp_path: Path) -> Path:
     return save(tmp_path / "E.npy", np.concatenate([rows, np.repeat(rows[:1], 20, axis=0)]))
 
 
-@pytest.mark.parametrize("module", [generate_indices, collisions, catalogue])
+@pytest.mark.parametrize("module", [index_file, collisions, catalogue])
 def test_worked_examples_in_docstrings_hold(module):
     result = doctest.testmod(module, extraglobs={"np": np})
     assert result.attempted > 0
@@ -45,22 +40,22 @@ def test_tokens_and_codes_are_each_others_inverse():
 
 @pytest.mark.parametrize("tokens", [["<b_1>"], ["<a_1>", "<a_2>"], ["<a_01>"], ["<a_-1>"], ["a_1"], [3]])
 def test_a_token_of_another_format_is_refused(tokens):
-    with pytest.raises(generate_indices.BadInput, match="expected '<"):
+    with pytest.raises(InputError, match="expected '<"):
         sid_codes(tokens, where="X.index.json: item 4")
 
 
 def test_the_index_is_json_with_one_item_a_line(tmp_path):
     path = tmp_path / "X.index.json"
-    write_index(path, [(1, 2), (3, 4, 0)])
+    write_sids(path, [(1, 2), (3, 4, 0)])
     assert path.read_text() == '{"0": ["<a_1>", "<b_2>"]\n,"1": ["<a_3>", "<b_4>", "<c_0>"]\n}\n'
-    assert read_index(path) == {0: (1, 2), 1: (3, 4, 0)}
+    assert read_sids(path) == {0: (1, 2), 1: (3, 4, 0)}
 
 
 def test_appending_leaves_every_old_byte(tmp_path):
     path = tmp_path / "X.index.json"
-    write_index(path, [(1, 2), (3, 4)])
+    write_sids(path, [(1, 2), (3, 4)])
     old = path.read_bytes().removesuffix(b"}\n")
-    append_to_index(path, [(5, 6)], first_item=2)
+    append_sids(path, [(5, 6)], first_item=2)
     assert path.read_bytes() == old + b',"2": ["<a_5>", "<b_6>"]\n}\n'
 
 
@@ -69,7 +64,7 @@ def test_an_index_made_elsewhere_can_be_read_and_appended_to(tmp_path, indent):
     path = tmp_path / "X.index.json"
     old = {"0": ["<a_1>", "<b_2>"], "1": ["<a_3>", "<b_4>"]}
     path.write_text(json.dumps(old, indent=indent))
-    append_to_index(path, [(5, 6)], first_item=2)
+    append_sids(path, [(5, 6)], first_item=2)
     assert path.read_text().startswith(json.dumps(old, indent=indent).removesuffix("}").rstrip())
     assert json.loads(path.read_text()) == {**old, "2": ["<a_5>", "<b_6>"]}
 
@@ -87,8 +82,8 @@ def test_an_index_made_elsewhere_can_be_read_and_appended_to(tmp_path, indent):
 def test_a_broken_index_is_one_clear_line(tmp_path, text, told):
     path = tmp_path / "X.index.json"
     path.write_text(text)
-    with pytest.raises(generate_indices.BadInput, match=told):
-        read_index(path)
+    with pytest.raises(InputError, match=told):
+        read_sids(path)
 
 
 def test_the_extra_token_goes_to_colliding_items_only():
@@ -127,7 +122,7 @@ def test_relocation_respects_the_capacity():
 
 
 def test_relocation_without_room_says_so_and_keeps_the_rest(caplog):
-    generate_indices.log.propagate = True
+    command_line.log.propagate = True
     sids = resolve(np.array([[7, 1]] * 6), policy="relocate", n_last=4, costs=line_of_codes)
     assert len(set(sids)) == 4
     assert "2 items found all 4 last-level codes under their prefix taken" in caplog.text
@@ -155,7 +150,7 @@ def test_no_collision_is_left_even_with_exact_duplicates(catalogue_with_duplicat
             policy,
         ]
     )
-    sids = list(read_index(output).values())
+    sids = list(read_sids(output).values())
     assert len(sids) == len(set(sids)) == 60
     assert {len(sid) for sid in sids} == ({3, 4} if policy == "token" else {3})
 
@@ -171,7 +166,7 @@ def test_appending_changes_no_published_line(catalogue_with_duplicates, tmp_path
     generate_indices.main(["--data_path", str(catalogue_with_duplicates), "--append", *common])
     after = output.read_text().splitlines()
     assert after[:45] == before
-    sids = read_index(output)
+    sids = read_sids(output)
     assert list(sids) == list(range(60))
     assert (len(set(sids.values())) == 60) == (policy != "keep")
 

@@ -7,20 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refusal
 
 from rq import generate_indices, report, rqkmeans, rqvae, text2emb
 from rq.quantizers import load_checkpoint
 
 WORDS = ["steel", "drill", "bit", "glue", "red", "blue", "small", "large", "tape", "saw"]
 QUICK = ["--epochs", "1", "--hidden", "8", "--latent", "4"]
-
-
-def refusal(main, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert isinstance(stopped.value.code, str)
-    assert "\n" not in stopped.value.code
-    return stopped.value.code
 
 
 def embed(folder: Path, name: str, *extra: object) -> Path:
@@ -103,7 +96,7 @@ def test_without_a_record_one_line_warns_and_the_right_embeddings_pass(shop, cap
     (shop / "E.encoder.json").unlink()
     capsys.readouterr()
     generate_indices.main(paths(shop, "E.npy", "Y.index.json"))
-    assert capsys.readouterr().out.count("E.npy does not say which encoder it is of") == 1
+    assert capsys.readouterr().err.count("E.npy does not say which encoder it is of") == 1
     assert (shop / "Y.index.json").read_bytes() == (shop / "X.index.json").read_bytes()
 
 
@@ -125,7 +118,7 @@ def test_checkpoints_and_codebooks_made_before_there_were_records_still_load(sho
     (shop / "c/config.json").write_text(json.dumps(config))
     for number, checkpoint in enumerate(("c", "X.codebooks.npz")):
         generate_indices.main(paths(shop, "E.npy", f"{number}.index.json", checkpoint=checkpoint))
-        assert f"{checkpoint} does not say which encoder it is of" in capsys.readouterr().out
+        assert f"{checkpoint} does not say which encoder it is of" in capsys.readouterr().err
         assert (shop / f"{number}.index.json").read_bytes() == (shop / "X.index.json").read_bytes()
 
 

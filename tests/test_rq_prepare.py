@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import refusals
 
 from rq import prepare
-from rq.generate_indices import write_index
+from rq.index_file import write_sids
 from rq.timestamps import Column, read_times
 
 ITEMS = [("p", "Pan", "['Steel.', 'Big.']"), ("q", "Tab\there", ""), ("r", 'It\'s "R"', ""), ("s", "", "untitled")]
@@ -46,17 +47,16 @@ def write_csv(path: Path, header: tuple, rows: list[tuple]) -> None:
 
 
 def run(tables: dict[str, Path], folder: Path, *extra: object) -> None:
-    prepare.main(
-        [f"--interactions={tables['interactions']}", f"--items={tables['items']}", f"--output_dir={folder}", "--name=X"]
-        + ["--k_core=2", *map(str, extra)]
-    )
+    prepare.main(arguments_of(tables, folder, *extra))
 
 
-def refusal(*arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert "\n" not in str(stopped.value.code)
-    return str(stopped.value.code)
+def arguments_of(tables: dict[str, Path], folder: Path, *extra: object) -> list[str]:
+    inputs = [f"--interactions={tables['interactions']}", f"--items={tables['items']}", f"--output_dir={folder}"]
+    return [*inputs, "--name=X", "--k_core=2", *map(str, extra)]
+
+
+def refusal(tables: dict[str, Path], folder: Path, *extra: object) -> str:
+    return refusals.refusal(prepare.main, *arguments_of(tables, folder, *extra))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def with_index(tables: dict[str, Path], folder: Path, *extra: object) -> None:
     run(tables, folder)
     count = len(json.loads((folder / "X.item.json").read_text()))
-    write_index(folder / "X.index.json", [(item, 0) for item in range(count)])
+    write_sids(folder / "X.index.json", [(item, 0) for item in range(count)])
     run(tables, folder, "--index", folder / "X.index.json", *extra)
 
 
@@ -83,7 +83,7 @@ def test_the_first_run_numbers_items_in_the_order_they_first_appear(tables, tmp_
 
 def test_dropped_rows_are_counted_by_reason(tables, tmp_path, capsys):
     run(tables, tmp_path / "out")
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "interactions: 11 read, 6 kept" in told
     for reason in ("no user or item id: 1", "unreadable timestamp: 1", "repeats user, item and time: 1"):
         assert f"dropped, {reason}" in told
@@ -173,7 +173,7 @@ def test_new_items_are_appended_and_old_ones_keep_number_and_text(tables, tmp_pa
 def test_an_index_that_lacks_an_item_is_refused_and_nothing_is_written(tables, tmp_path):
     folder = tmp_path / "out"
     run(tables, folder)
-    write_index(folder / "X.index.json", [(0, 0), (1, 0)])
+    write_sids(folder / "X.index.json", [(0, 0), (1, 0)])
     assert "item 2 has no SID" in refusal(tables, folder, "--index", folder / "X.index.json")
     assert not list(folder.glob("X.*.csv"))[1:]
 
@@ -323,7 +323,7 @@ def test_a_few_impossible_times_are_dropped_counted_and_the_first_is_shown(table
     bad = [("u", "p", "2016-02-30"), ("u", "q", "")]
     write_csv(tables["interactions"], ("user_id", "item_id", "timestamp"), rows + bad)
     run(tables, tmp_path / "out")
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "14 read, 12 kept" in told
     assert "dropped, no timestamp: 1" in told
     assert "dropped, unreadable timestamp: 1" in told
@@ -487,29 +487,29 @@ def test_the_run_with_the_index_takes_over_the_settings_of_the_first(tables, tmp
     folder = tmp_path / "out"
     write_csv(tables["interactions"], ("who", "item_id", "timestamp"), ROWS)
     run(tables, folder, "--k_core", 1, "--user_column", "who")
-    write_index(folder / "X.index.json", [(item, 0) for item in range(3)])
+    write_sids(folder / "X.index.json", [(item, 0) for item in range(3)])
     capsys.readouterr()
     without_k_core(tables, folder, "--index", folder / "X.index.json", "--split", "leave_one_out")
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert f"as in the run before ({folder / 'X.prepare.json'}): --user_column who, --k_core 1\n" in told
     assert "--split is" not in told  # no run before has split anything
     assert "in no row that is kept" not in told
     assert training_rows(folder) == 4
     assert (saved_settings(folder)["k_core"], saved_settings(folder)["split"]) == (1, "leave_one_out")
     without_k_core(tables, folder, "--index", folder / "X.index.json", "--overwrite")
-    assert "--user_column who, --k_core 1, --split leave_one_out\n" in capsys.readouterr().out
+    assert "--user_column who, --k_core 1, --split leave_one_out\n" in capsys.readouterr().err
     without_k_core(tables, folder, "--index", folder / "X.index.json", "--overwrite", "--split", "global")
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "--split is global, in the run before it was leave_one_out: rows go to other files" in told
 
 
 def test_a_setting_given_that_differs_is_named_with_what_it_does(tables, tmp_path, capsys):
     folder = tmp_path / "out"
     run(tables, folder, "--k_core", 1)
-    write_index(folder / "X.index.json", [(item, 0) for item in range(3)])
+    write_sids(folder / "X.index.json", [(item, 0) for item in range(3)])
     capsys.readouterr()
     run(tables, folder, "--k_core", 2, "--index", folder / "X.index.json")
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "--k_core is 2, in the run before it was 1: other rows are kept: the CSVs have more or fewer rows" in told
     assert "6 rows of i.csv are kept, in the run that numbered the items it was 7 of i.csv" in told
     assert saved_settings(folder)["k_core"] == 1  # what the items were numbered with
@@ -521,7 +521,7 @@ def test_a_run_that_numbers_anew_starts_from_the_defaults_and_says_so(tables, tm
     write_csv(tables["interactions"], ("user_id", "item_id", "timestamp"), [(u, i, 1) for u in "abcde" for i in "pqrst"])
     write_csv(tables["items"], ("item_id", "title"), [(i, i.upper()) for i in "pqrst"])
     without_k_core(tables, folder, "--overwrite")
-    assert "--k_core is 5, in the run before it was 1" in capsys.readouterr().out
+    assert "--k_core is 5, in the run before it was 1" in capsys.readouterr().err
     assert saved_settings(folder)["k_core"] == 5
 
 
@@ -532,7 +532,7 @@ def test_appending_takes_over_the_settings_too(tables, tmp_path, capsys):
     write_csv(tables["items"], ("item_id", "title", "description"), [*ITEMS, ("t", "New", "")])
     capsys.readouterr()
     without_k_core(tables, folder, "--append")
-    assert "as in the run before" in capsys.readouterr().out
+    assert "as in the run before" in capsys.readouterr().err
     assert len(json.loads((folder / "X.item.json").read_text())) == 4
 
 
@@ -541,10 +541,10 @@ def test_outputs_without_settings_are_told_of_and_so_are_items_in_no_row(tables,
     write_csv(tables["interactions"], ("user_id", "item_id", "timestamp"), [*ROWS, ("w", "t", 20)])
     write_csv(tables["items"], ("item_id", "title", "description"), [*ITEMS, ("t", "Once", "")])
     run(tables, folder, "--k_core", 1)
-    write_index(folder / "X.index.json", [(item, 0) for item in range(4)])
+    write_sids(folder / "X.index.json", [(item, 0) for item in range(4)])
     (folder / "X.prepare.json").unlink()
     run(tables, folder, "--index", folder / "X.index.json")
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "X.prepare.json is not there" in told
     assert "1 of 4 items are in no row that is kept" in told
 
@@ -601,6 +601,7 @@ def test_refusals_typed_at_the_shell_are_one_line_and_exit_with_an_error(tables,
     command = [sys.executable, "-m", "rq.prepare", "--interactions", str(tables["interactions"])]
     command += ["--items", str(tables["items"]), "--output_dir", str(tmp_path / "out"), "--name", "X"]
     result = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert "two kinds of timestamps" in result.stderr
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert "two kinds of timestamps" in result.stderr.splitlines()[-1]

@@ -1,6 +1,6 @@
 """What a training run leaves for its reader, from a Trainer state made by hand."""
 
-import types
+import dataclasses
 
 import pytest
 from conftest import small_model
@@ -8,6 +8,7 @@ from transformers import TrainerState
 
 from sid_sft.files import file_hash
 from sid_sft.run_report import model_card, series, write_run_report
+from sid_sft.settings import TrainFlags
 from sid_sft.sid_rows import SidRows
 from sid_sft.tasks import PROMPTS
 
@@ -19,19 +20,17 @@ LOG = [
 
 
 @pytest.fixture
-def finished(tmp_path) -> tuple[types.SimpleNamespace, TrainerState]:
+def finished(tmp_path) -> tuple[TrainFlags, TrainerState]:
     """The flags and the state of a run of two steps."""
     (tmp_path / "train.csv").write_text("user_id\n")
-    flags = types.SimpleNamespace(
+    flags = TrainFlags(
         output_dir=str(tmp_path / "run"),
         base_model="some/model",
         train_file=str(tmp_path / "train.csv"),
-        eval_file="",
         freeze_LLM=True,
         tasks="sid_sid",
         batch_size=16,
         learning_rate=0.01,
-        seed=42,
     )
     return flags, TrainerState(global_step=2, epoch=1.0, log_history=LOG)
 
@@ -57,7 +56,7 @@ def test_the_report_says_what_trained_from_what_and_how_well(finished, tmp_path)
 
 def test_a_run_that_logged_nothing_still_has_a_report(finished, tmp_path):
     flags, _ = finished
-    flags.freeze_LLM = False
+    flags = dataclasses.replace(flags, freeze_LLM=False)
     write_run_report(flags, TrainerState(), small_model("qwen2", 20), None)
     text = (tmp_path / "run" / "report.md").read_text()
     assert "No evaluation" in text
@@ -69,6 +68,7 @@ def test_the_model_card_names_base_prompts_and_result(finished):
     flags, state = finished
     card = model_card(flags, state, PROMPTS)
     assert card.startswith("---\nbase_model: some/model\nlibrary_name: transformers\n")
+    assert "for 2 optimizer steps of 16 examples, peak learning rate 0.01,\nseed 42" in card
     assert "HR@10 0.0800" in card
     assert '"sid_sid": "Semantic IDs of the {category}' in card
     assert "title_sid" not in card

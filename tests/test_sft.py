@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import sft
-from sid_sft.command_line import check_command_line, convert
 from sid_sft.forward.examples import Examples, Part
 from sid_sft.steps import StepSampler, deal
 
@@ -246,31 +245,6 @@ def test_check_reads_everything_and_writes_nothing(flags, tmp_path, caplog):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_names_every_flag_without_loading_torch():
-    result = run_command("--help")
-    assert result.returncode == 0
-    text = result.stdout + result.stderr
-    assert "--freeze_LLM" in text
-    assert "--sid_index_path" in text
-    code = "import sys, sft; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
-    import subprocess
-    import sys
-
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def test_every_flag_in_the_readme_exists_and_every_flag_stands_there():
-    import inspect
-
-    known = set(inspect.signature(sft.train).parameters)
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("## Flags")[1].split("\n## ")[0]
-    assert set(re.findall(r"`--(\w+)`", section)) == known
-    foreign = {"nproc_per_node", "encoder", "output", "levels", "data_path", "item_file", "help"}
-    for command in re.findall(r"(?:sft\.py|sft\.sh)[^\n`]*", readme):
-        assert set(re.findall(r"--(\w+)", command)) <= known | foreign, command
-
-
 # ---------------------------------------------------------------------------------------------- bad input
 
 
@@ -420,21 +394,6 @@ def test_recommendation_is_measured_logged_and_may_choose_the_best_checkpoint(fl
     assert (tmp_path / "run" / "final_checkpoint" / "README.md").is_file()
 
 
-def test_words_that_belong_to_no_flag_and_flags_given_twice_are_refused():
-    for arguments, message in (
-        (["train"], "belongs to no flag"),
-        (["--seed", "1", "2"], "belongs to no flag"),
-        (["--seed", "1", "--seed=2"], "given twice"),
-    ):
-        with pytest.raises(data.InputError, match=message):
-            check_command_line(sft.train, arguments)
-
-
-@pytest.mark.parametrize("value", ["true", "True", "false", "False"])
-def test_true_and_false_mean_what_they_say(value):
-    assert convert("freeze_LLM", value, bool) is (value.lower() == "true")
-
-
 # ---------------------------------------------------------------------------------------------- steps
 
 
@@ -469,50 +428,3 @@ def test_micro_batches_are_dealt_evenly():
     owned = deal([part._replace(owner=1) for part in parts[:2]] + parts[2:], 2)
     assert {int(part[0]) for part in owned[1]} >= {0, 1}
     assert sorted(int(part[0]) for hand in hands for part in hand) == list(range(6))
-
-
-# ---------------------------------------------------------------------------------------------- sft.sh
-
-
-def test_sft_sh_passes_arguments_on_and_lets_them_win(tmp_path):
-    import os
-    import subprocess
-
-    stub = write(tmp_path / "python", '#!/bin/sh\nfor a; do printf "%s\\n" "$a"; done\n')
-    stub.chmod(0o755)
-
-    def words(*arguments, **env):
-        full = {"PATH": os.environ["PATH"], "PYTHON": str(stub), "CUDA_VISIBLE_DEVICES": "", **env}
-        result = subprocess.run(
-            ["bash", "sft.sh", *arguments], cwd=ROOT, env=full, capture_output=True, text=True, check=True
-        )
-        return result.stdout.splitlines()
-
-    def value(of, name):
-        (place,) = [i for i, word in enumerate(of) if word == f"--{name}"]
-        return of[place + 1]
-
-    one = words("--freeze_LLM", "True", CATEGORY="Toys", DATA_DIR="/d", LEARNING_RATE="0.1")
-    assert one[0] == "sft.py"
-    assert value(one, "train_file") == "/d/Toys.train.csv"
-    assert value(one, "sid_index_path") == "/d/Toys.index.json"
-    assert value(one, "learning_rate") == "0.1"
-    assert one[-2:] == ["--freeze_LLM", "True"]
-    assert value(words("--learning_rate", "0.5", CATEGORY="Toys", LEARNING_RATE="0.1"), "learning_rate") == "0.5"
-    for processes in (1, 3, 7, 8):
-        batch = int(value(words(CATEGORY="Toys", NPROC_PER_NODE=str(processes)), "batch_size"))
-        assert batch % (16 * processes) == 0
-        assert batch >= 1024
-    nodes = words(CATEGORY="Toys", NPROC_PER_NODE="2", NNODES="2", NODE_RANK="1", MASTER_ADDR="host")
-    assert nodes[:2] == ["-m", "torch.distributed.run"]
-    assert value(nodes, "node_rank") == "1"
-    demo = words("--freeze_LLM", "True", DEMO_DIR=str(tmp_path / "demo"))
-    assert value(demo[demo.index("evaluate.py") :], "test_file") == str(tmp_path / "demo" / "shop.test.csv")
-    demo = demo[: demo.index("evaluate.py")]
-    assert value(demo, "eval_steps") == "0.1"
-    assert "--save_steps" not in demo
-    saved = words("--save_steps", "6", DEMO_DIR=str(tmp_path / "demo"))
-    assert "--eval_steps" not in saved
-    assert demo[:3] == ["-m", "sid_sft.demo", str(tmp_path / "demo")]
-    assert value(demo, "train_file") == f"{tmp_path}/demo/shop.train.csv"
-    assert demo.count("--freeze_LLM") == 1

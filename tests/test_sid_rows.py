@@ -27,7 +27,7 @@ def loss_of(model, seed=0):
 def test_only_the_sid_rows_move_whatever_the_optimizer_does(tied, dtype):
     model = small_model("qwen2", 100, tie_word_embeddings=tied).to(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = SidRows(model, IDS, TOKENS)
+    rows = sft.freeze_llm(model, IDS, TOKENS)
     assert [table.name for table in rows.tables] == (["embedding"] if tied else ["embedding", "head"])
     optimizer = SidRowAdamW(rows, lr=0.05, weight_decay=0.1)
     for step in range(5):
@@ -45,6 +45,28 @@ def test_only_the_sid_rows_move_whatever_the_optimizer_does(tied, dtype):
             assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_freezing_leaves_gradients_on_the_sid_rows_alone(tied):
+    model = small_model("qwen2", 100, tie_word_embeddings=tied)
+    SidRows(model, IDS, TOKENS)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    rows = sft.freeze_llm(model, IDS, TOKENS)
+    loss_of(model).backward()
+    tables = [table.weight for table in rows.tables]
+    assert len(tables) == (1 if tied else 2)
+    for parameter in model.parameters():
+        assert parameter.requires_grad == any(parameter is weight for weight in tables)
+    for weight in tables:
+        others = [i for i in range(100) if i not in IDS]
+        assert weight.grad[IDS].ne(0).any()
+        assert weight.grad[others].eq(0).all()
+
+
+def test_an_index_without_sid_tokens_cannot_be_frozen_for():
+    with pytest.raises(InputError, match="--freeze_LLM True, but the index has no SID token"):
+        sft.freeze_llm(small_model("qwen2", 100), [], [])
+
+
 def test_the_hook_returns_a_new_tensor_with_the_sid_rows_alone():
     model = small_model("qwen2", 100, tie_word_embeddings=True)
     rows = SidRows(model, IDS, TOKENS)
@@ -57,7 +79,7 @@ def test_the_hook_returns_a_new_tensor_with_the_sid_rows_alone():
 
 def test_the_step_is_torch_s_adamw_on_the_rows_alone():
     model = small_model("qwen2", 100, tie_word_embeddings=True)
-    rows = SidRows(model, IDS, TOKENS)
+    rows = sft.freeze_llm(model, IDS, TOKENS)
     reference = torch.nn.Parameter(rows.masters[0].detach().clone())
     optimizer = SidRowAdamW(rows, lr=0.01, weight_decay=0.3)
     expected = torch.optim.AdamW([reference], lr=0.01, weight_decay=0.3)
@@ -89,13 +111,13 @@ def test_a_resumed_optimizer_goes_on_from_its_float32_rows():
     paths = []
     for resumed in (False, True):
         model = small_model("qwen2", 100, tie_word_embeddings=True).to(torch.bfloat16)
-        rows = SidRows(model, IDS, TOKENS)
+        rows = sft.freeze_llm(model, IDS, TOKENS)
         optimizer = SidRowAdamW(rows, lr=1e-3)
         for step in range(6):
             if resumed and step == 3:
                 state = optimizer.state_dict()
                 model = small_model("qwen2", 100, tie_word_embeddings=True).to(torch.bfloat16)
-                rows = SidRows(model, IDS, TOKENS)
+                rows = sft.freeze_llm(model, IDS, TOKENS)
                 optimizer = SidRowAdamW(rows, lr=1e-3)
                 optimizer.load_state_dict(state)
             loss_of(model, step).backward()

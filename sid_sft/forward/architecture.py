@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from sid_sft.private_doors import is_recurrent
+
 # ---------------------------------------------------------------------------------------------- a model's own numbers
 
 
@@ -96,7 +98,7 @@ def why_not_exact(model: PreTrainedModel) -> str:
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
-    if getattr(model, "_is_stateful", False):
+    if is_recurrent(model):
         return "it has recurrent layers"
     if has_layer_inputs(model):
         return "its layers read rows of their own for each token"

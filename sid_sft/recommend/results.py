@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import logging
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedModel
+
+    from sid_sft.settings import EvaluateFlags
 
 logger = logging.getLogger("sft.results")
 
@@ -96,7 +97,7 @@ def free_rows(evaluator: Evaluator, model: PreTrainedModel, seed: int) -> Free:
 
 
 def write_results(
-    flags: types.SimpleNamespace,
+    flags: EvaluateFlags,
     task: str,
     rows: list[Row],
     train: list[Row],

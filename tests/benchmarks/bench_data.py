@@ -91,8 +91,8 @@ def csv_rows(train_csv: Path, catalogue: Catalogue):
     with train_csv.open(newline="", encoding="utf-8") as file:
         for fields in csv.DictReader(file):
             ids, _, _ = (ast.literal_eval(fields[f"history_item_{name}"]) for name in ("id", "sid", "title"))
-            history = tuple(catalogue.place[str(item)] for item in ids)
-            yield Row(fields["user_id"], history, catalogue.place[fields["item_id"]])
+            history = tuple(catalogue.position[str(item)] for item in ids)
+            yield Row(fields["user_id"], history, catalogue.position[fields["item_id"]])
 
 
 def repeat_csv(source: Path, target: Path, rows: int) -> None:

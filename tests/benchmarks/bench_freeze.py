@@ -93,7 +93,7 @@ def contender(name: str, folder: Path, shape: str, epochs: int, profile: bool) -
     from sid_sft.forward.examples import Examples
     from sid_sft.forward.frozen_prefix import FrozenPrefix
     from sid_sft.forward.plain import PlainForward
-    from sid_sft.sid_rows import SidRowAdamW, SidRows
+    from sid_sft.sid_rows import SidRowAdamW
     from sid_sft.steps import StepSampler
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,7 +136,7 @@ def contender(name: str, folder: Path, shape: str, epochs: int, profile: bool) -
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
     elif name in ("plain", "ours", "ours-users"):
-        rows = SidRows(model, ids, tokens)
+        rows = sft.freeze_llm(model, ids, tokens)
         trained = [model.get_input_embeddings().weight] if name == "plain" else rows.masters
         optimizer = SidRowAdamW(rows, lr=1e-3) if ours else torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     else:

@@ -56,7 +56,7 @@ def make_embeddings(path: Path, *, n_items: int, n_dims: int, seed: int = 0) -> 
 def measured(command: list[str]) -> tuple[str, float, float]:
     """Output, wall seconds and peak resident GB (10^9 bytes, mapped pages included) of a command."""
     start_s = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -1,0 +1,60 @@
+"""What freeze mode changes beside the rows that train: dropout, the learning rate, and what the log says of them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from sid_sft.sid_rows import SidRows
+
+logger = logging.getLogger("sft.freezing")
+
+FREEZE_STEP = 0.1  # freeze mode's default learning rate, as a share of the embedding's spread: rows alone bear, and need,
+# larger steps than a whole model, and an AdamW step moves each number by about the learning rate
+
+
+def tell_what_trains(model: PreTrainedModel, rows: SidRows | None) -> None:
+    """Logs how many numbers train: the SID rows of each table, or all parameters where rows is None."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if rows is None:
+        logger.info(f"Trainable parameters: {total:,} / {total:,} (100%)")
+        return
+    count, low, high = len(rows.ids), int(rows.ids[0]), int(rows.ids[-1])
+    logger.info(f"Unfrozen {count} new token embeddings (indices {low} to {high})")
+    if len(rows.tables) > 1:
+        logger.info(f"Unfrozen {count} output-head rows (indices {low} to {high}): the head is not tied")
+    share = 100 * rows.numbers / total
+    logger.info(f"Trainable parameters (with grad-mask): {rows.numbers:,} / {total:,} ({share:.4f}%)")
+    tables, width = len(rows.tables), rows.masters[0].shape[1]
+    state_mb = 3 * sum(master.numel() * master.element_size() for master in rows.masters) / 1e6
+    logger.info(
+        f"That is {count} rows x {width} wide x {tables} table{'s' * (tables > 1)}; "
+        f"the optimizer holds {state_mb:.1f} MB (master copy and two moments)"
+    )
+
+
+def rows_learning_rate(model: PreTrainedModel, known: int) -> float:
+    """Freeze mode's default learning rate, from the standard deviation of the embedding's first `known` rows."""
+    spread = float(model.get_input_embeddings().weight[:known].detach().float().std())
+    rate = float(f"{FREEZE_STEP * spread:.2g}")
+    logger.info(f"Learning rate {rate:g}: a tenth of the spread of the embedding's values ({spread:.2g})")
+    return rate
+
+
+def turn_dropout_off(model: PreTrainedModel) -> int:
+    """Sets every dropout probability of the model to 0 and returns how many were not."""
+    from torch import nn
+
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    count = 0
+    for module in model.modules():
+        if isinstance(module, kinds) and module.p > 0:
+            module.p, count = 0.0, count + 1
+        elif isinstance(value := getattr(module, "attention_dropout", 0.0), float) and value > 0:
+            module.attention_dropout, count = 0.0, count + 1
+    if count:
+        logger.info(f"Dropout of {count} frozen modules is off: it has no purpose where nothing can overfit")
+    return count
