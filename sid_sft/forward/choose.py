@@ -206,7 +206,7 @@ def rows_gradient(forward: Forward, rows: SidRows, indices: np.ndarray) -> list[
         for part in forward.cut(indices):
             forward.nll(part.indices).sum().backward()
         rows.collect_gradients()
-        return [master.grad for master in rows.masters]
+        return [master.grad for master in rows.masters if master.grad is not None]  # none is: each got zeros at least
     finally:  # a forward that failed halfway may have left some, too
         for _, weight, master in rows.tables:
             weight.grad = master.grad = None
