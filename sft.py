@@ -50,6 +50,8 @@ logger = logging.getLogger("sft")
 FULL_LEARNING_RATE = 3e-4
 FREEZE_STEP = 0.1  # freeze mode's default learning rate, as a share of the embedding's spread: rows alone bear, and need,
 # larger steps than a whole model, and an AdamW step moves each number by about the learning rate
+FIRST_SPREAD = 0.3  # of the known rows' spread, for the first values of new rows: at the full spread a pretrained model's
+# first loss is that of confident guesses, and the first steps go into taking these back
 EVAL_BEAMS = 20  # of the recommendations measured during training: HR@10 with twice as many beams
 BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
 
@@ -125,7 +127,7 @@ def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
 
 
 def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> None:
-    """Gives the rows of newly assigned ids values like the first `known` rows': their mean, plus noise of their spread.
+    """Gives the rows of newly assigned ids the mean of the first `known` rows, plus noise of FIRST_SPREAD of their spread.
 
     Each row is drawn for its own id, so it does not depend on which others are new.
     """
@@ -142,7 +144,7 @@ def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> 
                 noise = torch.randn(
                     len(mean), generator=torch.Generator().manual_seed((seed << 34) + (token_id << 1) + number)
                 )
-                weight[token_id] = (mean + spread * noise).to(weight)
+                weight[token_id] = (mean + FIRST_SPREAD * spread * noise).to(weight)
 
 
 # ---------------------------------------------------------------------------------------------- freezing
