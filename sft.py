@@ -54,6 +54,7 @@ FREEZE_REACH = 2.4  # and at most so much over the width, as a logit is a sum ov
 FIRST_SPREAD = 0.3  # of the known rows' spread, for the first values of new rows: at the full spread a pretrained model's
 # first loss is that of confident guesses, and the first steps go into taking these back
 EVAL_BEAMS = 20  # of the recommendations measured during training: HR@10 with twice as many beams
+FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told: at equal time the other four cost it recommendations
 BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
 
 
@@ -259,7 +260,7 @@ def train(
     preference_file: str = "",
     output_dir: str = "",
     category: str = "",
-    tasks: str = ",".join(DEFAULT_TASKS),
+    tasks: str = "",
     prompts: str = "",
     sample: int = -1,
     eval_sample: int = -1,
@@ -307,7 +308,8 @@ def train(
         preference_file: JSON list of user preferences, for the tasks preference and preference_sid
         output_dir: where checkpoints, final_checkpoint/ and trainer_state.json go
         category: words for the prompts; known names (Industrial_and_Scientific) get readable words
-        tasks: names, comma separated, of sid_sid, item, sid_title, title_title, title_sid, preference, preference_sid
+        tasks: names, comma separated, of sid_sid, item, sid_title, title_title, title_sid, preference, preference_sid;
+            default: the first five, with freeze_LLM sid_sid alone
         prompts: JSON file with wording of your own, task name -> template
         sample: random rows to train on per task; -1 for all
         eval_sample: random rows to evaluate on; -1 for all
@@ -653,7 +655,8 @@ def check_saved(folder: Path, model: PreTrainedModel, rows: SidRows | None, *, t
 def check_flags(values: dict[str, Any]) -> types.SimpleNamespace:
     """The flags with the types of train()'s signature, checked one by one and against each other, before anything loads."""
     flags = typed_flags(train, values)
-    flags.tasks = ",".join(name.strip() for name in flags.tasks.split(",") if name.strip())
+    chosen = [name.strip() for name in flags.tasks.split(",") if name.strip()]
+    flags.tasks = ",".join(chosen or (FREEZE_TASKS if flags.freeze_LLM else DEFAULT_TASKS))
     check_ranges(flags)
     check_tasks(flags)
     check_paths(flags)
