@@ -48,9 +48,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft")
 
 FULL_LEARNING_RATE = 3e-4
-FREEZE_STEP = 0.1  # freeze mode's default learning rate, as a share of the embedding's spread: rows alone bear, and need,
-# larger steps than a whole model, and an AdamW step moves each number by about the learning rate
-FREEZE_REACH = 2.4  # and at most so much over the width, as a logit is a sum over the width: chosen on widths 256 and 576
+FREEZE_REACH = 2.4  # freeze mode's default learning rate x width: an AdamW step moves each number of a row by about the
+# rate, and so a logit, a sum over the width, by about rate x width; the best of those tried at widths 128, 256 and 576
 FIRST_SPREAD = 0.3  # of the known rows' spread, for the first values of new rows: at the full spread a pretrained model's
 # first loss is that of confident guesses, and the first steps go into taking these back
 EVAL_BEAMS = 20  # of the recommendations measured during training: HR@10 with twice as many beams
@@ -178,15 +177,11 @@ def freeze_llm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     return rows
 
 
-def rows_learning_rate(model: PreTrainedModel, known: int) -> float:
-    """Freeze mode's default learning rate: a tenth of the spread of the first `known` rows, less in a wide model."""
-    weight = model.get_input_embeddings().weight
-    spread, width = float(weight[:known].detach().float().std()), weight.shape[1]
-    rate = float(f"{min(FREEZE_STEP * spread, FREEZE_REACH / width):.2g}")
-    if FREEZE_STEP * spread <= FREEZE_REACH / width:
-        logger.info(f"Learning rate {rate:g}: a tenth of the spread of the embedding's values ({spread:.2g})")
-    else:
-        logger.info(f"Learning rate {rate:g}: {FREEZE_REACH:g} over the model's width ({width})")
+def rows_learning_rate(model: PreTrainedModel) -> float:
+    """Freeze mode's default learning rate, from the width of the embedding."""
+    width = model.get_input_embeddings().weight.shape[1]
+    rate = float(f"{FREEZE_REACH / width:.2g}")
+    logger.info(f"Learning rate {rate:g}: {FREEZE_REACH:g} over the model's width ({width})")
     return rate
 
 
@@ -323,7 +318,7 @@ def train(
         max_steps: optimizer steps; overrides num_epochs when positive
         batch_size: examples per optimizer step over all processes; a multiple of micro_batch_size x processes
         micro_batch_size: examples per forward pass of one process; smaller needs less memory
-        learning_rate: peak learning rate; default 3e-4, with freeze_LLM a tenth of the rows' spread, at most 2.4 / width
+        learning_rate: peak learning rate; default 3e-4, with freeze_LLM 2.4 over the model's width
         weight_decay: AdamW's decoupled weight decay; in freeze mode of the SID rows alone
         lr_scheduler_type: linear, cosine, constant, ... (transformers' names)
         warmup_steps: steps until the learning rate reaches its peak
@@ -381,7 +376,7 @@ def train(
         total = sum(parameter.numel() for parameter in model.parameters())
         logger.info(f"Trainable parameters: {total:,} / {total:,} (100%)")
     elif flags.learning_rate is None:
-        args.learning_rate = rows_learning_rate(model, known_tokens)
+        args.learning_rate = rows_learning_rate(model)
     flags.learning_rate = args.learning_rate  # what was left out is known by now, and the model card names it
     if flags.check:
         show_examples(train_data, tokenizer)
