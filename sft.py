@@ -153,7 +153,7 @@ def train(flags: TrainFlags) -> None:
     rows = freeze_llm(model, tokenizer.convert_tokens_to_ids(tokens), tokens) if flags.freeze_LLM else None
     tell_what_trains(model, rows)
     if rows and flags.learning_rate is None:
-        args.learning_rate = rows_learning_rate(model, known_rows)
+        args.learning_rate = rows_learning_rate(model)
     flags = dataclasses.replace(flags, learning_rate=args.learning_rate)  # for the model card
     evaluator = recommendation_evaluator(flags, catalogue, wording, tokenizer, positions)
     if flags.check:
@@ -237,6 +237,8 @@ def datasets_of(
     train_source = Source(optional_path(flags.train_file), optional_path(flags.preference_file), "train")
     train_data = build(train_source, flags.task_names, flags.sample)
     logger.info(f"Training on {len(train_data):,} examples of {', '.join(flags.task_names)}")
+    if flags.freeze_LLM and flags.tasks is None:
+        logger.info("Freeze mode trains on SID histories alone unless --tasks names more, for it recommends better so")
     if not flags.eval_file:
         return train_data, None
     eval_data = build(Source(Path(flags.eval_file)), ["sid_sid"], flags.eval_sample)

@@ -25,6 +25,7 @@ KINDS = ("kettle", "teapot", "mug", "bowl", "plate", "spoon", "tray", "jar", "pa
 MATERIALS = ("copper", "steel", "oak", "glass", "clay")
 COLOURS = ("red", "blue", "green", "white", "black")
 USERS, LONGEST = 700, 8
+FAITH = 0.8  # how often a shopper takes the favourite material, and the favourite colour, rather than any
 PRETRAIN_STEPS, PRETRAIN_BATCH = 400, 32
 
 
@@ -40,17 +41,17 @@ def make_items() -> dict[str, tuple[list[str], str]]:
 
 
 def make_histories(seed: int) -> list[list[int]]:
-    """One list of item ids per user. A shopper completes a set: mostly the same material and colour, the next kind."""
+    """One list of item ids per user. A shopper furnishes a kitchen to a taste, a favourite material and a favourite colour:
+    another kind each time, mostly in the favourites. So what comes next follows from the taste, not from the last item."""
     rng = random.Random(seed)
     histories = []
     for _ in range(USERS):
-        kind, material, colour = rng.randrange(len(KINDS)), rng.randrange(len(MATERIALS)), rng.randrange(len(COLOURS))
+        favourite_material, favourite_colour = rng.randrange(len(MATERIALS)), rng.randrange(len(COLOURS))
         history = []
-        for _ in range(rng.randint(3, LONGEST)):
+        for kind in rng.sample(range(len(KINDS)), rng.randint(3, LONGEST)):
+            material = favourite_material if rng.random() < FAITH else rng.randrange(len(MATERIALS))
+            colour = favourite_colour if rng.random() < FAITH else rng.randrange(len(COLOURS))
             history.append((kind * len(MATERIALS) + material) * len(COLOURS) + colour)
-            kind = (kind + 1) % len(KINDS) if rng.random() < 0.8 else rng.randrange(len(KINDS))
-            material = material if rng.random() < 0.8 else rng.randrange(len(MATERIALS))
-            colour = colour if rng.random() < 0.8 else rng.randrange(len(COLOURS))
         histories.append(history)
     return histories
 

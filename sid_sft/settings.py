@@ -31,6 +31,7 @@ from sid_sft.interactions import MAX_LEFT_OUT
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS
 from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS, TASKS
 
+FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told: in equal time the other tasks cost recommendations
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
 CACHE_DIR = "~/.cache/sid-sft"
 STEPS_SHARE = 0.05  # of a run, between two evaluations and checkpoints: twenty of them
@@ -84,7 +85,11 @@ class TrainFlags:
 
     # ---- what is asked, in which words
     category: str = flag("", "words for the prompts; known names (Industrial_and_Scientific) get readable words")
-    tasks: str = flag(",".join(DEFAULT_TASKS), f"names, comma separated, of {', '.join(TASK_GROUPS)}")
+    tasks: str | None = flag(
+        None,
+        f"names, comma separated, of {', '.join(TASK_GROUPS)}",
+        if_unset="the first five, with freeze_LLM sid_sid alone",
+    )
     prompts: str = flag("", "JSON file with wording of your own, task name -> template", is_file=True)
     sample: int = flag(-1, "random rows to train on per task", COUNT_OR_ALL)
     eval_sample: int = flag(-1, "random rows to evaluate on", COUNT_OR_ALL)
@@ -125,7 +130,7 @@ class TrainFlags:
         None,
         "peak learning rate",
         above(0),
-        if_unset="3e-4, with freeze_LLM a tenth of the spread of the embedding's values",
+        if_unset="3e-4, with freeze_LLM 2.4 over the width of the model",
     )
     weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of the SID rows alone", at_least(0))
     lr_scheduler_type: str = flag("cosine", "linear, cosine, constant, ... (transformers' names)")
@@ -176,7 +181,9 @@ class TrainFlags:
 
     @property
     def task_names(self) -> list[str]:
-        """The names of --tasks: "sid_sid, item" -> ["sid_sid", "item"]."""
+        """The names of --tasks: "sid_sid, item" -> ["sid_sid", "item"]; those of the mode where it is left out."""
+        if self.tasks is None:
+            return list(FREEZE_TASKS if self.freeze_LLM else DEFAULT_TASKS)
         return [name.strip() for name in self.tasks.split(",") if name.strip()]
 
     @property

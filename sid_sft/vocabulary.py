@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft.vocabulary")
 
+FIRST_SPREAD = 0.3  # of the known rows' spread, for the first values of new rows: at the full spread a pretrained model's
+# first loss is that of confident guesses, and the first steps go into taking these back
+
 
 def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
     """Adds the tokens that the tokenizer lacks, as ordinary tokens that nothing normalizes; returns the ids it assigned.
@@ -108,7 +111,7 @@ def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
 
 
 def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> None:
-    """Gives the rows of newly assigned ids values like the first `known` rows': their mean, plus noise of their spread.
+    """Gives the rows of newly assigned ids the mean of the first `known` rows, plus noise of FIRST_SPREAD of their spread.
 
     Each row is drawn for its own id, so it does not depend on which others are new.
     """
@@ -125,4 +128,4 @@ def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> 
                 noise = torch.randn(
                     len(mean), generator=torch.Generator().manual_seed((seed << 34) + (token_id << 1) + number)
                 )
-                weight[token_id] = (mean + spread * noise).to(weight)
+                weight[token_id] = (mean + FIRST_SPREAD * spread * noise).to(weight)

@@ -155,6 +155,7 @@ def flags(base, shop, tmp_path):
             "output_dir": tmp_path / "run",
             "cache_dir": tmp_path / "cache",
             "category": "kitchen",
+            "tasks": ",".join(data.DEFAULT_TASKS),
             "freeze_LLM": True,
             "sample": 30,
             "eval_sample": 20,

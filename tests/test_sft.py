@@ -69,7 +69,7 @@ def test_a_freeze_run_from_the_command_line_moves_only_the_sid_rows(flags, base,
         "Unfrozen 20 new token embeddings (indices ",
         "Trainable parameters (with grad-mask): 640 / ",
         "That is 20 rows x 32 wide x 1 table; the optimizer holds 0.0 MB",
-        "Learning rate 0.03: a tenth of the spread of the embedding's values (0.3)",
+        "Learning rate 0.075: 2.4 over the model's width (32)",
         "frozen values changed: 0",
     ):
         assert line in log
@@ -85,6 +85,11 @@ def test_a_freeze_run_from_the_command_line_moves_only_the_sid_rows(flags, base,
     assert "sid_rows.safetensors" in checkpoint
     assert not {name for name in checkpoint if name.startswith("model")}
     assert not list(tmp_path.glob("run/*.tmp"))
+
+
+def test_freeze_mode_trains_on_sid_histories_alone_unless_tasks_are_named(flags, caplog):
+    assert "Training on 30 examples of sid_sid\n" in run(flags(tasks=None, check=True), caplog)
+    assert " of sid_sid, item, sid_title" in run(flags(tasks=None, freeze_LLM=False, check=True), caplog)
 
 
 def test_the_losses_are_those_of_a_plain_training_loop(flags, base, catalogue, sid_tokens, tmp_path, caplog):

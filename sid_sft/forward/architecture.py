@@ -112,9 +112,15 @@ def why_not_exact(model: PreTrainedModel) -> str:
         if rope in ("dynamic", "longrope"):
             return f"its {rope} positions depend on the longest one"
     accepted = inspect.signature(model.base_model.forward).parameters
-    if model.base_model is model or not {"inputs_embeds", "past_key_values", "position_ids"} <= accepted.keys():
+    if model.base_model is model or not {"inputs_embeds", "position_ids"} <= accepted.keys() or not cache_argument(model):
         return "its forward takes no embeddings, positions or cached keys"
     return ""
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which the backbone's forward takes cached keys, which transformers 5.24 has changed; "" for none."""
+    accepted = inspect.signature(model.base_model.forward).parameters
+    return next((name for name in ("past_key_values", "cache") if name in accepted), "")
 
 
 def rope_types(parameters: dict | None) -> list[str]:

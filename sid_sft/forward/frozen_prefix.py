@@ -35,6 +35,7 @@ from sid_sft.forward.architecture import (
     Past,
     PieceCache,
     appended,
+    cache_argument,
     embedding_scale,
     finish_logits,
     sliding_window,
@@ -75,6 +76,7 @@ class FrozenPrefix:
     ) -> None:
         self.model, self.sid_rows, self.examples, self.micro_batch_size = model, sid_rows, examples, micro_batch_size
         self.device, self.dtype, self.window = model.device, model.dtype, sliding_window(model)
+        self.cache_argument = cache_argument(model)
         self.embedding, self.scale = model.get_input_embeddings(), embedding_scale(model)
         limits = CPU_LIMITS if self.device.type == "cpu" else GPU_LIMITS
         head, finish = model.get_output_embeddings(), partial(finish_logits, model)
@@ -132,7 +134,7 @@ class FrozenPrefix:
             inputs_embeds=self.embed(to_device(layout.tokens, self.device), rows),
             attention_mask=layout.masks(self.window, self.dtype, self.device),
             position_ids=to_device(layout.positions, self.device),
-            past_key_values=cache,
+            **{self.cache_argument: cache},
             use_cache=True,
         )
         return output.last_hidden_state, cache.new

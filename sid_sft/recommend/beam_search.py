@@ -27,7 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sid_sft.forward.architecture import Past, PieceCache, appended, finish_logits, own_logits, past_length, sliding_window
+from sid_sft.forward.architecture import (
+    Past,
+    PieceCache,
+    appended,
+    cache_argument,
+    finish_logits,
+    own_logits,
+    past_length,
+    sliding_window,
+)
 from sid_sft.forward.prefix_plan import GPU_LIMITS
 from sid_sft.forward.trees import additive_masks, common_prefix, pad
 
@@ -157,6 +166,7 @@ class SharedPromptDecoder(HeadLogits):
 
     def __init__(self, model: PreTrainedModel, template: np.ndarray) -> None:
         self.model, self.template, self.window = model, template, sliding_window(model)
+        self.cache_argument = cache_argument(model)
         self.past: Past = {}
         if len(template):
             tokens = torch.from_numpy(template.astype(np.int64)).to(model.device)[None]
@@ -200,7 +210,7 @@ class SharedPromptDecoder(HeadLogits):
             input_ids=tokens,
             attention_mask=additive_masks(seen, positions, key_positions, self.window, self.model.dtype),
             position_ids=positions,
-            past_key_values=cache,
+            **{self.cache_argument: cache},
             use_cache=True,
         )
         self.past = appended(self.past, cache.new)
