@@ -135,10 +135,6 @@ class SidRowAdamW(torch.optim.AdamW):
             master.copy_(saved)
         self.rows.write()
 
-    def state_bytes(self) -> int:
-        """Bytes of masters and moments together."""
-        return sum(3 * master.numel() * master.element_size() for master in self.rows.masters)
-
 
 # ---------------------------------------------------------------------------------------------- the rows file
 

@@ -249,11 +249,6 @@ def test_a_switch_means_what_it_says(text, value):
     assert switch(text) is value
 
 
-def test_no_module_is_named_like_a_package_we_import():
-    own = {path.stem for path in (ROOT / "rq").glob("*.py")} - {"__init__"}
-    assert not own & {"datasets", "utils", "types", "token", "faiss", "torch", "transformers", "helpers", "common"}
-
-
 def imported_by(path: Path) -> set[str]:
     """What a module imports, wherever in it: "json", "rq.files", "rq.quantizers"."""
     names: set[str] = set()
@@ -263,11 +258,6 @@ def imported_by(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "rq" else {node.module}
     return names
-
-
-def test_rq_imports_no_other_part_of_the_project():
-    for path in (ROOT / "rq").glob("*.py"):
-        assert not {"sft", "data", "evaluate", "sid_sft"} & {name.split(".")[0] for name in imported_by(path)}, path
 
 
 def test_modules_that_are_no_commands_import_none():
