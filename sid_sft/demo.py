@@ -118,7 +118,7 @@ def pretrain(folder: Path, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=PRETRAIN_STEPS)
     for step in range(PRETRAIN_STEPS):
-        batch = [texts[i % len(texts)] for i in range(step * PRETRAIN_BATCH, (step + 1) * PRETRAIN_BATCH)]
+        batch = [texts[i % len(texts)] + fast.eos_token for i in range(step * PRETRAIN_BATCH, (step + 1) * PRETRAIN_BATCH)]
         inputs = fast(batch, return_tensors="pt", padding=True, return_token_type_ids=False)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         loss = model(**inputs, labels=labels).loss
