@@ -39,8 +39,8 @@ if [ -z "$CATEGORY" ] && [ -z "${TRAIN_FILE:-}" ] && ! given train_file "$@" && 
   TRAIN_FILE=$DEMO_DIR/shop.train.csv EVAL_FILE=$DEMO_DIR/shop.valid.csv
   SID_INDEX_PATH=$DEMO_DIR/shop.index.json ITEM_META_PATH=$DEMO_DIR/shop.item.json
   CATEGORY=kitchen OUTPUT_DIR=${OUTPUT_DIR:-output/demo/run}
-  FREEZE_LLM=${FREEZE_LLM:-True} NUM_EPOCHS=${NUM_EPOCHS:-6} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
-  BATCH_SIZE=${BATCH_SIZE:-$((128 * WORLD))}
+  FREEZE_LLM=${FREEZE_LLM:-True} NUM_EPOCHS=${NUM_EPOCHS:-20} MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
+  BATCH_SIZE=${BATCH_SIZE:-$((32 * WORLD))}
   given save_steps "$@" || EVAL_STEPS=${EVAL_STEPS:-${SAVE_STEPS:-0.1}}  # saving follows evaluating, or the other way
 fi
 BASE_MODEL=${BASE_MODEL:-Qwen/Qwen2.5-0.5B}
