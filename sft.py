@@ -238,7 +238,7 @@ def datasets_of(
     train_data = build(train_source, flags.task_names, flags.sample)
     logger.info(f"Training on {len(train_data):,} examples of {', '.join(flags.task_names)}")
     if flags.freeze_LLM and flags.tasks is None:
-        logger.info("Freeze mode trains on SID histories alone unless --tasks names more, for it recommends better so")
+        logger.info("Freeze mode trains on SID histories alone unless --tasks names more: that has recommended best so far")
     if not flags.eval_file:
         return train_data, None
     eval_data = build(Source(Path(flags.eval_file)), ["sid_sid"], flags.eval_sample)

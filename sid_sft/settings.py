@@ -31,7 +31,7 @@ from sid_sft.interactions import MAX_LEFT_OUT
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS
 from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS, TASKS
 
-FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told: in equal time the other tasks cost recommendations
+FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told; on what evidence: results/freeze_learning.md
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
 CACHE_DIR = "~/.cache/sid-sft"
 STEPS_SHARE = 0.05  # of a run, between two evaluations and checkpoints: twenty of them

@@ -430,6 +430,6 @@ def test_micro_batches_are_dealt_evenly():
     hands = deal(parts, 2)
     loads = [sum(parts[int(part[0])].cost for part in hand) for hand in hands]
     assert loads == [12, 12]
-    owned = deal([part._replace(owner=1) for part in parts[:2]] + parts[2:], 2)
+    owned = deal([part._replace(process=1) for part in parts[:2]] + parts[2:], 2)
     assert {int(part[0]) for part in owned[1]} >= {0, 1}
     assert sorted(int(part[0]) for hand in hands for part in hand) == list(range(6))
