@@ -58,7 +58,7 @@ class Embeddings:
         """A float32 copy of some rows; no mapping outlives the call, nor spans more than a few scattered rows."""
         if isinstance(which, slice):
             return np.array(self._mapped()[which], dtype=np.float32)
-        rows_RD = np.empty((len(which), self.n_dims), np.float32)
+        rows_RD = np.empty((len(which), self.n_dims), np.float32)  # the loop writes every row
         for start in range(0, len(which), SCATTERED_ROWS):
             part = slice(start, start + SCATTERED_ROWS)
             rows_RD[part] = self._mapped()[which[part]]
@@ -74,7 +74,7 @@ class Embeddings:
         drawn = np.arange(self.n_items)
         if size < self.n_items:
             drawn = np.sort(np.random.default_rng(seed).choice(self.n_items, size, replace=False))
-        sample_SD = np.empty((len(drawn), self.n_dims), np.float32)
+        sample_SD = np.empty((len(drawn), self.n_dims), np.float32)  # each drawn row lies in one chunk
         for start, chunk_RD in self.chunks():
             self._check_chunk(start, chunk_RD)
             first, last = np.searchsorted(drawn, (start, start + len(chunk_RD)))

@@ -270,7 +270,7 @@ def encode(quantizer: Quantizer, embeddings: Embeddings, *, first: int = 0, prog
 
     quantizer.eval()
     width = quantizer.residual.beam * max(quantizer.design.levels)
-    codes_ML = np.empty((len(embeddings) - first, len(quantizer.design.levels)), np.int32)
+    codes_ML = np.empty((len(embeddings) - first, len(quantizer.design.levels)), np.int32)  # the chunks write every row
     with tqdm(total=len(codes_ML), desc="assign codes", unit=" items", disable=None if progress else True) as bar:
         for start, chunk_RD in embeddings.chunks(first=first):
             for part in sub_chunks(len(chunk_RD), width=width):

@@ -161,7 +161,7 @@ class HuggingFaceEncoder:
 
         lengths = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
         longest_first = sorted(range(len(texts)), key=lambda i: -lengths[i])
-        rows_ND = np.empty((len(texts), self.n_dims), np.float32)
+        rows_ND = np.empty((len(texts), self.n_dims), np.float32)  # longest_first holds every text once
         for start in range(0, len(texts), self.batch_size):
             which = longest_first[start : start + self.batch_size]
             tokens = self.tokenizer(
