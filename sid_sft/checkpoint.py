@@ -201,11 +201,6 @@ def save_final(
     from sid_sft.sid_rows import ROWS_FILE
 
     folder = Path(flags.output_dir) / "final_checkpoint"
-    trained = rows.masters if rows else model.parameters()
-    if not all(bool(values.isfinite().all()) for values in trained):
-        raise InputError(
-            "training ended with values that are no numbers, so no final_checkpoint was written; try a lower --learning_rate"
-        )
     with whole_folder(folder) as scratch:
         if rows is None:
             final = model.to(base_dtype)

@@ -96,10 +96,10 @@ def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
     """
     from sid_sft.forward.architecture import tables_of
 
-    before = {name: len(weight) for name, weight in model.named_parameters() if weight.dim()}
     rows = [len(weight) for weight in tables_of(model).values()]
     if vocab_size <= min(rows):
         return
+    before = {name: len(weight) for name, weight in model.named_parameters() if weight.dim()}
     try:
         model.resize_token_embeddings(max(vocab_size, *rows), mean_resizing=False)
     except Exception as error:  # other people's code

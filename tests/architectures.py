@@ -130,6 +130,20 @@ def compare(forward: Forward, model: PreTrainedModel, rows: SidRows | None, exam
     return max(float((found - wanted).abs() / wanted), relative(gradients(), wanted_gradient) / 10)
 
 
+def chosen(model: PreTrainedModel, rows: SidRows | None, examples: Examples, *, group_users: bool = False) -> Forward:
+    """The way to the loss that sft.py would take."""
+    return choose_forward(
+        model,
+        rows,
+        examples,
+        4,
+        frozen_prefix=True,
+        cache_bytes=10**8,
+        cache_place="device",
+        group_users=group_users,
+    )
+
+
 def examine(kind: str, examples: Examples, notes: list[str]) -> Line:
     """One family, in both modes."""
     found, difference, seconds = {}, 0.0, 0.0
@@ -137,16 +151,7 @@ def examine(kind: str, examples: Examples, notes: list[str]) -> Line:
         try:
             model, rows = extended(kind, freeze=mode == "frozen")
             started = time.monotonic()
-            forward = choose_forward(
-                model,
-                rows,
-                examples,
-                4,
-                frozen_prefix=True,
-                cache_bytes=10**8,
-                cache_place="device",
-                group_users=False,
-            )
+            forward = chosen(model, rows, examples)
             seconds = max(seconds, time.monotonic() - started)
         except InputError as error:
             return Line(kind, "refused", "refused", 0.0, "", str(error)[:110], seconds)

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from architectures import ROUNDING, Notes, compare, examine, extended, toy_examples
+from architectures import ROUNDING, Notes, chosen, compare, examine, extended, toy_examples
 from conftest import run_command, small_model
 from families import small_family
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,7 @@ import sft
 from sid_sft.checkpoint import check_saved
 from sid_sft.files import InputError
 from sid_sft.forward.architecture import tables_of
-from sid_sft.forward.choose import attempt, choose_forward, disagreement, make_trial
+from sid_sft.forward.choose import attempt, disagreement, make_trial
 from sid_sft.forward.frozen_prefix import FrozenPrefix
 from sid_sft.forward.plain import OwnForward, PlainForward
 from sid_sft.sid_rows import SidRowAdamW, SidRows
@@ -61,19 +61,6 @@ def notes():
     yield handler.lines
     logger.removeHandler(handler)
     logger.setLevel(before)
-
-
-def chosen(model, rows, examples, *, group_users=False):
-    return choose_forward(
-        model,
-        rows,
-        examples,
-        4,
-        frozen_prefix=True,
-        cache_bytes=10**8,
-        cache_place="device",
-        group_users=group_users,
-    )
 
 
 @pytest.mark.parametrize("kind", WAYS)
