@@ -31,11 +31,13 @@ from sid_sft.dataset_cache import Source
 from sid_sft.files import InputError
 from sid_sft.freezing import rows_learning_rate, tell_what_trains, turn_dropout_off
 from sid_sft.interactions import read_rows
+from sid_sft.interruption import StopSignals
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
+from sid_sft.resuming import resume_point, what_decides
 from sid_sft.run_report import REPORT_FILE, model_card, write_run_report
 from sid_sft.settings import CACHE_DIR, TrainFlags, check_training
 from sid_sft.tasks import TASKS, read_prompts
-from sid_sft.training_arguments import compute_dtype, early_stopping, resume_point, training_arguments
+from sid_sft.training_arguments import compute_dtype, training_arguments
 from sid_sft.vocabulary import (
     add_sid_tokens,
     assert_sids_round_trip,
@@ -114,6 +116,11 @@ def freeze_llm(model: PreTrainedModel, ids: list[int], tokens: list[str]) -> Sid
 @command(TrainFlags)
 def train(flags: TrainFlags) -> None:
     """Fine-tune a causal language model to write the semantic ID of the item that a user will want next."""
+    with StopSignals() as signals:
+        train_until_stopped(flags, signals)
+
+
+def train_until_stopped(flags: TrainFlags, signals: StopSignals) -> None:
     started = time.monotonic()
     check_training(flags)
     catalogue = read_catalogue(Path(flags.sid_index_path), optional_path(flags.item_meta_path))
@@ -161,6 +168,8 @@ def train(flags: TrainFlags) -> None:
         logger.info("--check: everything was read and nothing was trained")
         return
 
+    base = base_hash(model, min(tokenizer.convert_tokens_to_ids(tokens)))
+    resumed, decides = resume_point(flags, lambda: what_decides(flags, base, tokens))
     trainer = SidTrainer(
         model=model,
         args=args,
@@ -168,7 +177,7 @@ def train(flags: TrainFlags) -> None:
         eval_dataset=eval_data,
         processing_class=tokenizer,
         rows=rows,
-        base_hash=base_hash(model, int(rows.ids[0])) if rows else "",
+        base_hash=base,
         micro_batch_size=flags.micro_batch_size,
         group_by_length=flags.group_by_length,
         group_users=flags.group_users,
@@ -176,9 +185,12 @@ def train(flags: TrainFlags) -> None:
         cache_bytes=int(flags.prefix_cache_gb * 1e9),
         cache_place=flags.prefix_cache_in,
         evaluator=evaluator,
-        callbacks=early_stopping(flags, eval_data),
+        patience=flags.early_stopping_patience,
+        signals=signals,
+        resumed=resumed,
+        decides=decides,
     )
-    trainer.train(resume_from_checkpoint=resume_point(flags))
+    trainer.fit()
     trainer.log_speed(started)
     if trainer.is_world_process_zero():
         trainer.save_state()

@@ -23,6 +23,7 @@ import inspect
 import logging
 import math
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -202,7 +203,10 @@ def help_lines(record: type) -> str:
 
 
 def run(function: Callable[..., None], arguments: list[str], *, program: str) -> int:
-    """Runs a command line; returns the exit code. What a user can mend ends in one line, which rank 0 writes."""
+    """Runs a command line; returns the exit code. What a user can mend ends in one line, which rank 0 writes.
+
+    0: all is well; 2: what was given cannot be used; 130, 143, 129: stopped by Ctrl-C, SIGTERM, SIGHUP.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sft").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     try:
@@ -214,6 +218,10 @@ def run(function: Callable[..., None], arguments: list[str], *, program: str) ->
         if rank() == 0:
             logger.error(str(error) if str(error).startswith(program) else f"{program}: {error}")
         return 2
+    except KeyboardInterrupt as stop:  # Ctrl-C, or one of the signals of StopSignals
+        if rank() == 0:
+            logger.error(f"{program}: {str(stop) or 'stopped by Ctrl-C'}")
+        return 128 + getattr(stop, "signum", signal.SIGINT)
     return 0
 
 

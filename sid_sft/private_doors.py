@@ -52,6 +52,10 @@ class ResumesFromOwnFiles:
         """Loads a checkpoint's weights; False leaves that to the Trainer."""
         raise NotImplementedError
 
+    def load_checkpoint_weights(self, folder: Path) -> None:
+        """Loads a checkpoint's weights into the model at hand, outside of training."""
+        self._load_from_checkpoint(str(folder))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         if not self.load_weights(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

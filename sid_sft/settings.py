@@ -36,6 +36,15 @@ BATCH_SIZE = 128  # examples per optimizer step, where none are given and the pr
 CACHE_DIR = "~/.cache/sid-sft"
 STEPS_SHARE = 0.05  # of a run, between two evaluations and checkpoints: twenty of them
 BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
+# The flags that decide a run's numbers and may differ, if --allow_changed names them, when a run goes on from a checkpoint.
+# fmt: off
+CHANGEABLE = (
+    "train_file", "eval_file", "sid_index_path", "item_meta_path", "preference_file", "category", "tasks", "prompts",
+    "sample", "eval_sample", "eval_recommendation", "metric_for_best_model", "cutoff_len", "num_epochs", "max_steps",
+    "batch_size", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "group_by_length", "group_users",
+    "seed", "bf16", "eval_steps", "save_steps", "early_stopping_patience",
+)
+# fmt: on
 STEPS = Range(
     "a whole number of steps, or above 0 and below 1 a share of the run",
     lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
@@ -164,7 +173,13 @@ class TrainFlags:
     early_stopping_patience: int = flag(
         3, "evaluations without a better one before the run stops; 0 never stops", at_least(0)
     )
-    resume_from_checkpoint: str = flag("", "a checkpoint folder, or True for the newest in output_dir")
+    resume_from_checkpoint: str = flag(
+        "",
+        "a checkpoint folder; True for the newest whole one in output_dir; auto for that one, or else a fresh start",
+    )
+    allow_changed: str = flag(
+        "", "flags, comma separated, that may differ from those of the checkpoint: learning_rate,train_file"
+    )
     report_to: str = flag("none", "none, wandb, tensorboard, ... (transformers' names)")
     wandb_project: str = flag("", "name of a Weights & Biases project; implies report_to wandb")
     wandb_run_name: str = flag("", "name of the run there")
@@ -185,6 +200,11 @@ class TrainFlags:
         if self.tasks is None:
             return list(FREEZE_TASKS if self.freeze_LLM else DEFAULT_TASKS)
         return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+    @property
+    def allowed_changes(self) -> list[str]:
+        """The names of --allow_changed: "seed, train_file" -> ["seed", "train_file"]."""
+        return [name.strip() for name in self.allow_changed.split(",") if name.strip()]
 
     @property
     def input_files(self) -> dict[str, Path]:
@@ -287,6 +307,7 @@ def check_training(flags: TrainFlags) -> None:
     check_tasks(flags)
     check_base_model(flags.base_model)
     check_places(flags)
+    check_resuming(flags)
     check_distribution(flags)
 
 
@@ -352,11 +373,23 @@ def check_places(flags: TrainFlags) -> None:
         )
     if Path(flags.output_dir).is_file():
         raise InputError(f"--output_dir {flags.output_dir}: is a file")
+
+
+def check_resuming(flags: TrainFlags) -> None:
     resume = flags.resume_from_checkpoint
     if resume.lower() == "true" and not any(Path(flags.output_dir).glob("checkpoint-*")):
-        raise InputError(f"--resume_from_checkpoint True, but {flags.output_dir} has no checkpoint")
-    if resume and resume.lower() != "true" and not (Path(resume) / "trainer_state.json").is_file():
+        raise InputError(
+            f"--resume_from_checkpoint {resume}, but {flags.output_dir} has no checkpoint; with auto the run starts afresh"
+        )
+    if resume and resume.lower() not in ("true", "auto") and not (Path(resume) / "trainer_state.json").is_file():
         raise InputError(f"--resume_from_checkpoint {resume}: is no checkpoint folder (it has no trainer_state.json)")
+    if flags.allowed_changes and not resume:
+        raise InputError("--allow_changed is for --resume_from_checkpoint; a fresh run may have any flags")
+    for name in flags.allowed_changes:
+        if name not in CHANGEABLE:
+            raise InputError(
+                f"--allow_changed has {name!r}{suggestion(name, CHANGEABLE)}; expected some of {', '.join(CHANGEABLE)}"
+            )
 
 
 def check_distribution(flags: TrainFlags) -> None:

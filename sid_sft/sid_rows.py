@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -105,7 +105,7 @@ class SidRows:
         """Writes the rows file: ids, tokens, one (M, D) matrix per table, and the hash of the base they belong to."""
         tensors = {table.name: table.master.detach().cpu().contiguous() for table in self.tables}
         metadata = {"tokens": json.dumps(self.tokens), "base": base_hash}
-        save_file({"ids": self.ids.cpu(), **tensors}, path, metadata=metadata)
+        path.write_bytes(in_order(save({"ids": self.ids.cpu(), **tensors}, metadata=metadata)))
 
 
 class SidRowAdamW(torch.optim.AdamW):
@@ -146,6 +146,14 @@ class SavedRows(NamedTuple):
     tokens: list[str]
     rows: dict[str, Tensor]
     base_hash: str
+
+
+def in_order(content: bytes) -> bytes:
+    """A safetensors file with the entries of its header sorted: as it is written their order is a matter of chance."""
+    length = int.from_bytes(content[:8], "little")  # of the header, which is JSON filled up with spaces
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def read_rows_file(path: Path) -> SavedRows:

@@ -12,7 +12,7 @@ import math
 import resource
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,14 +27,16 @@ from sid_sft.files import InputError
 from sid_sft.forward.choose import Forward, choose_forward
 from sid_sft.forward.examples import Examples
 from sid_sft.private_doors import ResumesFromOwnFiles, closed_doors, installed
+from sid_sft.run_keeper import RunEnded, RunKeeper
+from sid_sft.running_sums import RunningSums, summed
 from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, SidRows
 from sid_sft.steps import StepLoader, StepSampler, deal
 from sid_sft.tasks import TASKS
 
 if TYPE_CHECKING:
-    from transformers.trainer_utils import TrainOutput
-
+    from sid_sft.interruption import StopSignals
     from sid_sft.recommend.evaluator import Evaluator
+    from sid_sft.resuming import Resumed
 
 logger = logging.getLogger("sft.trainer")
 
@@ -49,6 +51,10 @@ class LogLines(ProgressCallback):
             numbers = ", ".join(f"{name} {readable(value, 4)}" for name, value in logs.items() if name != "epoch")
             with logging_redirect_tqdm([logging.getLogger()]):
                 logger.info(f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.2f}: {numbers}")
+
+
+class PutOff(Exception):
+    """A signal has stopped an evaluation; whoever resumes the run makes up for it first."""
 
 
 class SidTrainer(ResumesFromOwnFiles, Trainer):
@@ -69,6 +75,10 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         frozen_prefix: bool,
         cache_bytes: int,
         cache_place: str | Path,
+        signals: StopSignals,
+        resumed: Resumed | None,
+        decides: dict[str, Any],
+        patience: int,
         evaluator: Evaluator | None = None,
         **settings,
     ) -> None:
@@ -77,6 +87,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(LogLines())
+        self.keeper = RunKeeper(self, signals, patience=patience, resumed=resumed, decides=decides)
+        self.add_callback(self.keeper)
         examples = Examples(self.train_dataset)
         self.sampler = StepSampler(
             examples,
@@ -105,15 +117,20 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.max_norm = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
         self.grad_norm = torch.zeros(())
         self.bad_step = torch.tensor(NEVER, device=self.args.device)  # the first whose loss is not finite, here
-        self.resumes = self.loaded = self.first_step_checked = False
-        self.reset_task_sums()
-        self.tokens_seen, self.train_s = 0, 0.0
-        self.logged_tokens, self.logged_train_s = 0, 0.0
+        self.signals = signals
+        self.evaluation_is_due = False  # at the step reached, because a signal stopped it
+        self.loaded = self.first_step_checked = False
+        self.sums = RunningSums(self.args.device)
+        if resumed:
+            self.sums.load(resumed.log, first=self.args.process_index == 0)
 
     # ---- one step
 
     def get_train_dataloader(self) -> DataLoader:
         return StepLoader(range(len(self.train_dataset)), batch_sampler=self.sampler, collate_fn=np.array)
+
+    def steps_in_epoch(self) -> int:
+        return len(self.sampler)
 
     def training_step(self, model: PreTrainedModel, inputs: np.ndarray, num_items_in_batch=None) -> Tensor:
         """Forward and backward of all of this process's micro-batches of a step; `inputs` are the step's examples.
@@ -126,25 +143,30 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             parameter.grad = None
         labels = int(self.forward.examples.labels[inputs].sum())
         total = torch.zeros((), device=self.args.device)
-        for part in self.own_share(self.forward, inputs):
+        by_task = torch.zeros(len(TASKS), dtype=torch.float64, device=self.args.device)
+        for part in self.shares(self.forward, inputs)[self.args.process_index]:
             with self.accelerator.autocast():
                 nll = self.forward.nll(part)
             (nll.sum() / labels).backward()
-            self.task_sums[:, 0] += nll.detach()
+            by_task += nll.detach()
             total += nll.detach().sum()
         step = self.state.global_step + 1
         self.bad_step = torch.where(total.isfinite(), self.bad_step, self.bad_step.clamp(max=step))
         self.sum_gradients()
         if self.rows is not None:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(self.rows.masters, self.max_norm)
-        self.task_sums[:, 1] += self.labels_per_task(inputs)
-        self.tokens_seen += int(self.forward.examples.length[inputs].sum())
-        self.train_s += time.monotonic() - started
+        self.sums.add(
+            by_task,
+            self.labels_per_task(inputs),
+            loss=total / labels,
+            tokens=int(self.forward.examples.length[inputs].sum()),
+            seconds=time.monotonic() - started,
+        )
         return total / labels * self.args.world_size
 
-    def own_share(self, forward: Forward, indices: np.ndarray) -> list[np.ndarray]:
-        """This process's micro-batches of the examples."""
-        return deal(forward.cut(indices, self.args.world_size), self.args.world_size)[self.args.process_index]
+    def shares(self, forward: Forward, indices: np.ndarray) -> list[list[np.ndarray]]:
+        """The micro-batches of the examples, by process."""
+        return deal(forward.cut(indices, self.args.world_size), self.args.world_size)
 
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer steps."""
@@ -178,6 +200,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
                 eps=args.adam_epsilon,
                 weight_decay=args.weight_decay,
             )
+        self.fresh_groups = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.register_step_pre_hook(self.check_first_step)
         return self.optimizer
 
@@ -192,7 +215,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             fault = "the gradients are not clipped"
         elif isinstance(self.model_wrapped, DistributedDataParallel):
             fault = "the model is in a wrapper that sums gradients at every backward"
-        elif self.resumes and not self.loaded:
+        elif self.keeper.folder and self.rows is not None and not self.loaded:
             fault = "the rows of the checkpoint are not loaded"
         if fault:
             raise InputError(f"with {installed()} {fault}; install the versions of requirements.txt")
@@ -208,50 +231,56 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         started = time.monotonic()
         self.stop_unless_finite()
         self.model.eval()
-        forward = self.eval_forward
-        indices = np.arange(len(forward.examples))
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for part in self.own_share(forward, indices):
-            with self.accelerator.autocast():
-                total += forward.nll(part).sum()
-        if self.args.world_size > 1:
-            dist.all_reduce(total)
-        metrics = {f"{metric_key_prefix}_loss": float(total) / int(forward.examples.labels.sum())}
-        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
-            raise self.not_finite(f"the evaluation loss after step {self.state.global_step} is")
-        if self.evaluator is not None:
-            with self.accelerator.autocast():
-                found = self.evaluator.metrics(self.model)
-            metrics |= {f"{metric_key_prefix}_{name}": found[name] for name in ("hr@10", "ndcg@10")}
+        try:
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measured().items()}
+        except PutOff:
+            self.evaluation_is_due = self.control.should_save = True
+            return {str(self.args.metric_for_best_model): math.nan}  # better than no other evaluation
+        self.evaluation_is_due = False
         metrics[f"{metric_key_prefix}_runtime_s"] = round(time.monotonic() - started, 2)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def reset_task_sums(self) -> None:
-        self.task_sums = torch.zeros(len(TASKS), 2, dtype=torch.float64, device=self.args.device)
+    def measured(self) -> dict[str, float]:
+        """{"loss": 3.1, "hr@10": 0.12, "ndcg@10": 0.08}. PutOff where a signal stops it."""
+        forward = self.eval_forward
+        shares = self.shares(forward, np.arange(len(forward.examples)))
+        own = shares[self.args.process_index]
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        for number in range(max(map(len, shares))):  # as many times on every process
+            self.put_off_if_asked()
+            if number < len(own):
+                with self.accelerator.autocast():
+                    total += forward.nll(own[number]).sum()
+        loss = float(summed(total)) / int(forward.examples.labels.sum())
+        if not math.isfinite(loss):
+            raise self.not_finite(f"the evaluation loss after step {self.state.global_step} is")
+        if self.evaluator is None:
+            return {"loss": loss}
+        with self.accelerator.autocast():
+            found = self.evaluator.metrics(self.model, before_batch=self.put_off_if_asked)
+        return {"loss": loss, "hr@10": found["hr@10"], "ndcg@10": found["ndcg@10"]}
+
+    def put_off_if_asked(self) -> None:
+        if self.signals.agreed():
+            raise PutOff
 
     def labels_per_task(self, inputs: np.ndarray) -> Tensor:
         """Supervised tokens of a step by task, as this process's share of a sum over processes."""
         examples = self.forward.examples
         counts = np.bincount(examples.task[inputs], weights=examples.labels[inputs], minlength=len(TASKS))
-        return torch.from_numpy(counts / self.args.world_size).to(self.task_sums)
+        return torch.from_numpy(counts / self.args.world_size).to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss of each task since the last line and the gradient norm of the rows."""
         self.stop_unless_finite()
         if "loss" in logs:
-            if self.args.world_size > 1:
-                dist.all_reduce(self.task_sums)
+            logs |= self.sums.line()
             if self.rows is not None:
                 logs["grad_norm"] = self.grad_norm
-            for name, (loss, labels) in zip(TASKS, self.task_sums.tolist(), strict=True):
-                if labels:
-                    logs[f"loss_{name}"] = loss / labels
-            self.reset_task_sums()
-            tokens, seconds = self.tokens_seen - self.logged_tokens, self.train_s - self.logged_train_s
-            logs["tokens_per_s"] = tokens / max(seconds, 1e-9)
-            self.logged_tokens, self.logged_train_s = self.tokens_seen, self.train_s
+        if "train_loss" in logs:  # of this call, which may have resumed a run
+            logs["train_loss"] = self.sums.mean_loss()
         super().log({key: readable(value) for key, value in logs.items()}, start_time)
 
     def stop_unless_finite(self, *, weights: bool = False) -> None:
@@ -281,9 +310,9 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             peak = torch.cuda.max_memory_allocated()
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        rate = self.tokens_seen / max(self.train_s, 1e-9)
+        rate = self.sums.tokens / max(self.sums.seconds, 1e-9)
         logger.info(
-            f"{self.tokens_seen:,} tokens at {rate:,.0f} tokens/s; peak memory {peak / 2**30:.2f} GiB per process; "
+            f"{self.sums.tokens:,} tokens at {rate:,.0f} tokens/s; peak memory {peak / 2**30:.2f} GiB per process; "
             f"{time.monotonic() - started:.0f} s in all"
         )
         if self.args.world_size > 1:
@@ -292,17 +321,29 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
 
     # ---- checkpoints: in freeze mode rows, optimizer, scheduler and position, megabytes in all
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **settings) -> TrainOutput:
-        """Trains; ends with the best of the checkpoints where the Trainer was told to load it."""
-        self.resumes = bool(resume_from_checkpoint) and self.rows is not None
-        if self.resumes and (closed := closed_doors("Trainer")):
+    def fit(self) -> None:
+        """Trains from the start or from the checkpoint given; ends with the best of the checkpoints, if any is chosen.
+
+        Interrupted where a signal stops the run, after it has saved.
+        """
+        keeper, folder = self.keeper, self.keeper.folder
+        if folder and self.rows is not None and (closed := closed_doors("Trainer")):
             raise InputError(closed[0])
-        output = super().train(resume_from_checkpoint, **settings)
+        if ended := keeper.take_ended_run():
+            self.load_checkpoint_weights(folder)
+        else:
+            self.signals.wait = True
+            try:
+                self.train(resume_from_checkpoint=str(folder) if folder else None)
+            except RunEnded:
+                ended = True
+            self.signals.wait = False
+        if ended:
+            self.log({"total_flos": self.state.total_flos, "train_loss": math.nan})  # as the Trainer ends its log
         best = self.state.best_model_checkpoint
-        if best is not None and self.args.load_best_model_at_end:
-            self.load_weights(Path(best))
+        if best is not None and (ended or self.rows is not None):  # otherwise the Trainer has loaded it itself
+            self.load_checkpoint_weights(Path(best))
         self.stop_unless_finite(weights=True)
-        return output
 
     def save_model(self, output_dir: str | None = None, **settings) -> None:
         """Writes the weights of a checkpoint: in freeze mode the rows alone."""

@@ -12,7 +12,6 @@ from sid_sft.settings import BATCH_SIZE, TrainFlags, examples_per_step, interval
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
     from transformers import TrainingArguments
 
 logger = logging.getLogger("sft.training_arguments")
@@ -68,21 +67,6 @@ def training_arguments(flags: TrainFlags) -> TrainingArguments:
 def whole(steps: float) -> float | int:
     """A count of steps as an int, a share of the run as it is."""
     return int(steps) if steps >= 1 else steps
-
-
-def early_stopping(flags: TrainFlags, eval_data: Dataset | None) -> list:
-    from transformers import EarlyStoppingCallback
-
-    wanted = eval_data is not None and flags.early_stopping_patience > 0
-    return [EarlyStoppingCallback(flags.early_stopping_patience)] if wanted else []
-
-
-def resume_point(flags: TrainFlags) -> str | bool | None:
-    if not flags.resume_from_checkpoint:
-        return None
-    if flags.resume_from_checkpoint.lower() == "true":
-        return True
-    return flags.resume_from_checkpoint
 
 
 def compute_dtype(flags: TrainFlags, base_dtype: torch.dtype) -> torch.dtype:

@@ -13,6 +13,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [os.path.join(os.path.dirname(__file__), "unwritten_memory"), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -141,33 +142,34 @@ def run_command(*arguments: str, processes: int = 1, env: dict[str, str] | None 
     )
 
 
+def short_run(base: Path, shop: Path, folder: Path, **changes) -> list[str]:
+    """The command line of a short freeze run on the shop; later flags replace earlier ones, None leaves one out."""
+    values = {
+        "base_model": base,
+        "train_file": shop / "shop.train.csv",
+        "eval_file": shop / "shop.valid.csv",
+        "sid_index_path": shop / "shop.index.json",
+        "item_meta_path": shop / "shop.item.json",
+        "output_dir": folder / "run",
+        "cache_dir": folder / "cache",
+        "category": "kitchen",
+        "tasks": ",".join(data.DEFAULT_TASKS),
+        "freeze_LLM": True,
+        "sample": 30,
+        "eval_sample": 20,
+        "batch_size": 16,
+        "micro_batch_size": 4,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 3,
+        "num_proc": 1,
+    }
+    values.update(changes)
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
 @pytest.fixture
 def flags(base, shop, tmp_path):
-    """The command line of a short freeze run on the shop, as a list; later flags replace earlier ones."""
-
-    def build(**changes) -> list[str]:
-        values = {
-            "base_model": base,
-            "train_file": shop / "shop.train.csv",
-            "eval_file": shop / "shop.valid.csv",
-            "sid_index_path": shop / "shop.index.json",
-            "item_meta_path": shop / "shop.item.json",
-            "output_dir": tmp_path / "run",
-            "cache_dir": tmp_path / "cache",
-            "category": "kitchen",
-            "tasks": ",".join(data.DEFAULT_TASKS),
-            "freeze_LLM": True,
-            "sample": 30,
-            "eval_sample": 20,
-            "batch_size": 16,
-            "micro_batch_size": 4,
-            "max_steps": 6,
-            "logging_steps": 1,
-            "eval_steps": 3,
-            "save_steps": 3,
-            "num_proc": 1,
-        }
-        values.update(changes)
-        return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
-
-    return build
+    """short_run in the test's own folder."""
+    return functools.partial(short_run, base, shop, tmp_path)

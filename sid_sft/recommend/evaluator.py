@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -84,8 +85,10 @@ class Evaluator:
         self.batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         self.make_decoder: Callable[[PreTrainedModel], Decoder] | None = None  # what serves the model, once it is tried
 
-    def recommend(self, model: PreTrainedModel, *, progress: bool = False) -> Recommended:
-        """The best SIDs for every row."""
+    def recommend(
+        self, model: PreTrainedModel, *, progress: bool = False, before_batch: Callable[[], None] = lambda: None
+    ) -> Recommended:
+        """The best SIDs for every row. before_batch: called as often on every process, and may raise to stop them all."""
         import torch
 
         from sid_sft.recommend.beam_search import build_trie, search
@@ -97,10 +100,11 @@ class Evaluator:
         with evaluating(model):
             decoder = self.decoder(model)
             for batch in self.own_batches(progress=progress):
+                before_batch()
+                if not len(batch) or not can_rank(score):
+                    continue  # to where the processes meet: what cannot be ranked is refused there, by all of them
                 found = search(decoder, trie, [self.prompts[i] for i in batch], self.num_beams)
                 sid[batch], score[batch] = found.leaf, found.score.double()
-                if not can_rank(found.score):
-                    break  # to where the processes meet: refused there, by all of them
         sum_over_processes(sid, score)  # a row is zero everywhere but where it was computed
         if not can_rank(score):
             raise InputError(not_finite(self.model_name, model))
@@ -127,18 +131,20 @@ class Evaluator:
     def before_end(self, tokens: list[int]) -> tuple[int, ...]:
         return tuple(tokens[: tokens.index(self.end_id)] if self.end_id in tokens else tokens)
 
-    def metrics(self, model: PreTrainedModel) -> dict[str, float]:
-        """HR@K and NDCG@K at SID level for the K that the beams allow."""
-        ranks = ranks_of(self.recommend(model).lists(), self.targets)
+    def metrics(self, model: PreTrainedModel, *, before_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """HR@K and NDCG@K at SID level for the K that the beams allow. before_batch: see recommend."""
+        ranks = ranks_of(self.recommend(model, before_batch=before_batch).lists(), self.targets)
         values = row_values(ranks, measurable(self.num_beams))
         return {name: value for name, value in means(values).items() if not name.startswith("mrr")}
 
     def own_batches(self, *, progress: bool) -> Iterator[np.ndarray]:
-        """This process's batches; rank 0 may show how far it is."""
+        """This process's batches, as many on every process, the last maybe empty; rank 0 may show how far it is."""
         from tqdm import tqdm
 
         processes, process = place_among_processes()
         own = self.batches[process::processes]
+        if len(own) < math.ceil(len(self.batches) / processes):
+            own = [*own, np.zeros(0, np.int64)]
         yield from tqdm(own, desc="Recommending", unit="batch", disable=not progress or process > 0)
 
     def decoder(self, model: PreTrainedModel) -> Decoder:
