@@ -41,9 +41,9 @@ class RunningSums:
     def line(self) -> dict[str, float]:
         """The mean loss of the steps since the last line, the mean of each task over its labels, and the rate."""
         tasks, loss = summed(self.tasks), float(summed(self.loss))
-        rate = (self.tokens - self.line_tokens) / max(self.seconds - self.line_seconds, 1e-9)
-        found = {"loss": loss / max(self.steps, 1), "tokens_per_s": rate}
+        found = {"loss": loss / max(self.steps, 1)}
         found |= {f"loss_{name}": nll / labels for name, (nll, labels) in zip(TASKS, tasks.tolist(), strict=True) if labels}
+        found["tokens_per_s"] = (self.tokens - self.line_tokens) / max(self.seconds - self.line_seconds, 1e-9)
         self.run_loss += loss
         self.run_steps += self.steps
         self.tasks.zero_()

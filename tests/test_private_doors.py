@@ -266,7 +266,7 @@ def test_a_checkpoint_holds_what_trains_and_the_best_of_them_is_the_final_one(fr
     assert sft.main(flags(freeze_LLM=freeze)) == 0
     run = tmp_path / "run"
     files = {path.name for path in (run / "checkpoint-3").iterdir()}
-    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint.json"}
     assert files >= state
     if freeze:
         assert files == state | {"sid_rows.safetensors"}
