@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from sid_sft.catalogue import Catalogue
-from sid_sft.files import InputError, error_text
+from sid_sft.files import InputError, cut, error_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,12 +29,14 @@ def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> lis
     roles = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     for token in tokens:
         if token in vocabulary and (token not in added or token in roles):
-            raise InputError(f"SID token {token!r} already means something else to the tokenizer; rename it in the index")
+            raise InputError(
+                f"SID token {shown(token)} already means something else to the tokenizer; rename it in the index"
+            )
     new = [token for token in tokens if token not in vocabulary]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
     for token in tokens:
         if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
-            raise InputError(f"SID token {token!r} is not one id after it was added; rename it in the index")
+            raise InputError(f"SID token {shown(token)} is not one id after it was added; rename it in the index")
     tell_inherited(tokenizer, [token for token in tokens if token in added])
     return tokenizer.convert_tokens_to_ids(new)
 
@@ -47,13 +49,13 @@ def tell_inherited(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> Non
     ]
     if special := [token for token, kind in kinds if kind.special]:
         logger.info(
-            f"{len(special)} SID tokens are special tokens of the base model, like {special[0]}, and train as they are; "
-            "who decodes must keep special tokens"
+            f"{len(special)} SID tokens are special tokens of the base model, like {cut(special[0])}, "
+            "and train as they are; who decodes must keep special tokens"
         )
     if stripping := [token for token, kind in kinds if kind.lstrip or kind.rstrip]:
         logger.info(
-            f"{len(stripping)} SID tokens of the base model, like {stripping[0]}, take the white space beside them (lstrip "
-            "or rstrip in its tokenizer.json): the model does not see the line ends there"
+            f"{len(stripping)} SID tokens of the base model, like {cut(stripping[0])}, take the white space beside them "
+            "(lstrip or rstrip in its tokenizer.json): the model does not see the line ends there"
         )
 
 
@@ -64,7 +66,7 @@ def assert_sids_round_trip(tokenizer: PreTrainedTokenizerBase, catalogue: Catalo
         encoded = tokenizer([lead + "".join(sid) for sid in sids], add_special_tokens=False)["input_ids"]
         for sid, ids in zip(sids, encoded, strict=True):
             if tuple(tokenizer.convert_ids_to_tokens(ids[-len(sid) :])) != sid or (not lead and len(ids) != len(sid)):
-                raise InputError(f"SID {''.join(sid)!r} does not survive the tokenizer; rename its tokens in the index")
+                raise InputError(f"SID {shown(''.join(sid))} does not survive the tokenizer; rename its tokens in the index")
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -120,12 +122,11 @@ def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> 
     from sid_sft.forward.architecture import tables_of
 
     known = min(known, min(ids, default=known))
+    start = (seed << 34 | seed >> 30 << 32) % 2**64  # a generator takes 64 bits; ids and the table's number need the last 32
     with torch.no_grad():
         for number, weight in enumerate(tables_of(model).values()):
             old = weight[:known].float()
             mean, spread = old.mean(0).cpu(), old.std(0).cpu()
             for token_id in ids:
-                noise = torch.randn(
-                    len(mean), generator=torch.Generator().manual_seed((seed << 34) + (token_id << 1) + number)
-                )
+                noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(start + (token_id << 1) + number))
                 weight[token_id] = (mean + FIRST_SPREAD * spread * noise).to(weight)

@@ -554,7 +554,7 @@ def test_half_an_emoji_is_one_line_and_a_whole_one_is_a_character(folder):
 @pytest.mark.parametrize("title", [True, ["Screws"], {"en": "Screws"}])
 def test_a_title_that_is_neither_text_nor_number_is_one_line(folder, title):
     path = toy.write_items(folder, {**toy.TITLES, "1": title})
-    assert one_error(catalogue_of, folder).startswith(f"{path}: item '1' has {str(title)!r} for a title; expected an item")
+    assert one_error(catalogue_of, folder).startswith(f"{path}: item '1' has {title!r} for a title; expected an item")
 
 
 def test_titles_that_hold_reserved_tokens_are_counted(folder, caplog):
@@ -809,7 +809,7 @@ BAD_INDEXES = {
     "list": ("[]", "holds no items"),
     "no items": ("{}", "holds no items"),
     "text for a SID": ('{"0": "<a_0><b_0>"}', "item '0' has '<a_0><b_0>' for a SID"),
-    "no token": ('{"0": []}', "item '0' has '[]' for a SID"),
+    "no token": ('{"0": []}', "item '0' has [] for a SID"),
     "number": ('{"0": [7]}', "item '0' has the token 7"),
     "bare word": ('{"0": ["a_0"]}', "item '0' has the token 'a_0'"),
     "space": ('{"0": ["<a 0>"]}', "item '0' has the token '<a 0>'"),
