@@ -38,7 +38,8 @@ def plain(text: str) -> str:
 
 
 def cut(text: str, most: int = QUOTED) -> str:
-    """Text of at most so many characters, with three dots where something is left out: cut("Kettle", 5) -> "Ke..."."""
+    """Plain text of at most so many characters, with dots where something is left out: cut("Kettle", 5) -> "Ke..."."""
+    text = plain(text[: most + 1])
     return text if len(text) <= most else text[: most - 3] + "..."
 
 

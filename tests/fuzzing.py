@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 # Hypothesis keeps what it knows of Unicode in a folder, which would otherwise be .hypothesis in the checkout.
@@ -95,7 +96,7 @@ class Watched:
     def __call__(self, event: str, arguments: tuple) -> None:
         if not self.folder:
             return
-        if event in self.forbidden or (event == "exec" and executes_text(arguments[0])):
+        if event in self.forbidden or (event == "exec" and executes_text(arguments[0], sys._getframe(1))):
             self.done.append(f"{event}{arguments}"[:200])
         elif event in self.changing or (event == "open" and writes(*arguments)):
             path = os.path.abspath(os.fsdecode(arguments[0])) if not isinstance(arguments[0], int) else ""
@@ -104,10 +105,10 @@ class Watched:
                 self.done.append(f"{event} of {path}")
 
 
-def executes_text(code: Any) -> bool:
-    """Whether the code was made from a text, not from a file: that of eval and exec is named <string>."""
+def executes_text(code: Any, caller: FrameType) -> bool:
+    """Whether the code was made from a text, not from a file, whose name is <string> then; typing does so with types."""
     name = getattr(code, "co_filename", "")
-    return name.startswith("<") and not name.startswith("<frozen")
+    return name.startswith("<") and not name.startswith("<frozen") and caller.f_globals.get("__name__") != "typing"
 
 
 def writes(path: Any, mode: str | None, flags: int) -> bool:
