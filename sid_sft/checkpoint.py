@@ -61,6 +61,7 @@ def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTok
 
     with loading(base_model, "has no tokenizer that loads"):
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # some settings of a wrong type are met only here
     if tokenizer.eos_token_id is None:
         raise InputError(f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token")
     if tokenizer.pad_token_id is None:

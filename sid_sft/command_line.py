@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import logging
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import fire
 
-from sid_sft.files import LONGEST_PATH, InputError, cut, plain, shown
+from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, plain, shown
 
 logger = logging.getLogger("sft.command_line")
 
@@ -236,6 +237,12 @@ def run(function: Callable[..., None], arguments: list[str], *, program: str) ->
     except InputError as error:
         if rank() == 0:
             logger.error(str(error) if str(error).startswith(program) else f"{program}: {error}")
+        return 2
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise  # of a connection, not of a file
+        where = f"{error.filename}: " if error.filename else ""
+        logger.error(f"{program}: {where}{error_text(error)}; what was written before it is not whole")
         return 2
     return 0
 

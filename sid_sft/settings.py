@@ -46,6 +46,8 @@ SCHEDULES = (  # those of transformers that need no further arguments
     "constant",
     "constant_with_warmup",
     "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "greedy",
 )
 STEPS = Range(
     "a whole number of steps, or above 0 and below 1 a share of the run",
@@ -321,8 +323,8 @@ def check_intervals(flags: TrainFlags) -> None:
 
 def is_multiple(steps: float, of: float) -> bool:
     """Whether one count or share of steps is the other one, twice, three times, ...: 0.3 of 0.1 is."""
-    ratio = min(steps / of, LARGEST)
-    return math.isclose(ratio, max(1, round(ratio)))
+    ratio = steps / of
+    return ratio < LARGEST and math.isclose(ratio, max(1, round(ratio)))
 
 
 def check_tasks(flags: TrainFlags) -> None:
@@ -380,12 +382,15 @@ def check_places(flags: TrainFlags) -> None:
 
 def check_folder(name: str, path: str) -> None:
     """InputError where no folder can be at a path, or nothing be written into it; makes nothing."""
-    wanted = place = os.path.abspath(os.path.expanduser(path) if name == "cache_dir" else path)
+    expanded = os.path.expanduser(path) if name == "cache_dir" else path
+    wanted = place = os.path.abspath(expanded)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     fault = ""
     if any(len(part.encode()) > 255 for part in wanted.split(os.sep)):
         fault = "has a name of more than 255 bytes"
+    elif name == "cache_dir" and expanded.startswith("~"):
+        fault = "there is no such user"
     elif not os.path.isdir(place):
         fault = "is a file" if place == wanted else f"cannot be made, since {cut(place, LONGEST_PATH)} is a file"
     elif not os.access(place, os.W_OK | os.X_OK):
