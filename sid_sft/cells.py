@@ -138,7 +138,7 @@ def example_cell(column: str, catalogue: Catalogue) -> str:
     """A right cell of a list column, of the catalogue's first two items: "history_item_id" -> "[0, 1]"."""
     items = catalogue.items[:2]
     if column == "history_item_id":
-        entries = [item.id if re.fullmatch(r"0|[1-9][0-9]*", item.id) else shown(item.id) for item in items]
+        entries = [item.id if re.fullmatch(r"0|[1-9][0-9]{0,17}", item.id) else shown(item.id) for item in items]
     else:
         entries = [shown("".join(item.sid) if column == "history_item_sid" else item.title or "a title") for item in items]
     return f"[{cut(', '.join(entries), 2 * QUOTED)}]"

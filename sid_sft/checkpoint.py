@@ -73,9 +73,7 @@ def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTok
 
 # What configurations call the number of positions that a model was made for.
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length")
-# What they call the number of layers.
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-MOST_LAYERS = 1000  # no model has so many, and to build a million would take all memory
+MOST_LAYERS = 1000  # no model has so many, and to build a million takes all memory
 # Models whose first position stands behind the padding's row of the position table (fairseq's RoBERTa and its kin).
 POSITIONS_BEHIND_PAD = (
     "camembert",
@@ -93,10 +91,7 @@ def model_positions(base_model: str, *, trust_remote_code: bool) -> int | None:
 
     A table of positions has no row behind its last; rotary positions beyond those of pretraining mean nothing to a model.
     """
-    from transformers import AutoConfig
-
-    with loading(base_model, "has no config that loads"):
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
+    config = load_config(base_model, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
     found = [value for name in POSITIONS if type(value := getattr(config, name, None)) is int and value > 0]
     if found and config.model_type in POSITIONS_BEHIND_PAD:
         return min(found) - (config.pad_token_id or 0) - 1
@@ -127,11 +122,11 @@ def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code
 
     InputError where the files lack a weight, which would be random, or hold one that the model has no place for.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = load_config(base_model, trust_remote_code=trust_remote_code)
+    check_size(base_model, config, trust_remote_code=trust_remote_code)
     with loading(base_model, "no causal language model loads"):
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-        check_size(base_model, config, trust_remote_code=trust_remote_code)
         if from_scratch:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return model.to(config.dtype or model.dtype)
@@ -151,12 +146,29 @@ def loading(base_model: str, fault: str) -> Iterator[None]:
     """Turns whatever transformers raises over the files of a model, which may hold anything, into an InputError."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:  # other people's code
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         text = cut(kind + error_text(error), 200)
         raise InputError(f"--base_model {cut(base_model, LONGEST_PATH)}: {fault} ({text})") from None
+
+
+def load_config(base_model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a folder or hub name. InputError where it asks for more layers than could be built."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    with loading(base_model, "has no config that loads"):
+        parts = [PreTrainedConfig.get_config_dict(base_model)[0]]
+    while parts:  # looked at before it is believed: a configuration makes lists as long as its layers
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else ():
+            parts.append(value)
+            if "layer" in name and type(value) is int and value > MOST_LAYERS:
+                raise InputError(
+                    f"--base_model {base_model}: its config.json has {shown(value)} for {cut(name)}; "
+                    f"expected {MOST_LAYERS} at most"
+                )
+    with loading(base_model, "has no config that loads"):
+        return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
 
 
 def check_size(base_model: str, config: PreTrainedConfig, *, trust_remote_code: bool) -> None:
@@ -164,10 +176,6 @@ def check_size(base_model: str, config: PreTrainedConfig, *, trust_remote_code: 
     import torch
     from transformers import AutoModelForCausalLM
 
-    found = (getattr(config.get_text_config(decoder=True), name, 0) for name in LAYERS)
-    layers = max(count for count in found if type(count) is int)
-    if layers > MOST_LAYERS:
-        raise InputError(f"--base_model {base_model}: its config.json says {layers} layers; expected {MOST_LAYERS} at most")
     if getattr(config, "quantization_config", None) is not None:
         return  # its files are smaller than such a model
     try:

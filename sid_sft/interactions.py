@@ -31,7 +31,7 @@ CSV_COLUMNS = (
     "history_item_sid",
     "item_sid",
 )
-LONGEST_CELL = 2**20  # characters: ten thousand titles; to read a cell takes some hundred times its length of memory
+LONGEST_CELL = 2**20  # characters: ten thousand titles; to read a cell may take several hundred times its length of memory
 MAX_LEFT_OUT = 0.2  # the share of a file's rows that may be left out before a run stops
 
 

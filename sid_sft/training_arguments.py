@@ -69,7 +69,7 @@ def training_arguments(flags: TrainFlags) -> TrainingArguments:
 
 def check_reports(flags: TrainFlags) -> None:
     """InputError where what --report_to names is unknown or not installed."""
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     name = reports_to(flags)
     try:

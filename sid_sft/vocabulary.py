@@ -15,6 +15,7 @@ logger = logging.getLogger("sft.vocabulary")
 
 FIRST_SPREAD = 0.3  # of the known rows' spread, for the first values of new rows: at the full spread a pretrained model's
 # first loss is that of confident guesses, and the first steps go into taking these back
+PLAIN_SEED = 42  # a row's generator gets the row's id alone with this seed, the default, and id and seed mixed with others
 
 
 def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
@@ -115,18 +116,19 @@ def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
 def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> None:
     """Gives the rows of newly assigned ids the mean of the first `known` rows, plus noise of FIRST_SPREAD of their spread.
 
-    Each row is drawn for its own id, so it does not depend on which others are new.
+    Each row is drawn for its own id, so it does not depend on which others are new. A generator of torch takes 32 bits
+    for its seed, so id and seed are not set side by side in it, but mixed.
     """
     import torch
 
     from sid_sft.forward.architecture import tables_of
 
     known = min(known, min(ids, default=known))
-    start = (seed << 34 | seed >> 30 << 32) % 2**64  # a generator takes 64 bits; ids and the table's number need the last 32
+    mixed = (seed ^ PLAIN_SEED) * 0x9E3779B1 % 2**32  # odd, so another number for every seed of 32 bits
     with torch.no_grad():
         for number, weight in enumerate(tables_of(model).values()):
             old = weight[:known].float()
             mean, spread = old.mean(0).cpu(), old.std(0).cpu()
             for token_id in ids:
-                noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(start + (token_id << 1) + number))
+                noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(mixed ^ ((token_id << 1) + number)))
                 weight[token_id] = (mean + FIRST_SPREAD * spread * noise).to(weight)
