@@ -387,7 +387,7 @@ def check_folder(name: str, path: str) -> None:
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     fault = ""
-    if any(len(part.encode()) > 255 for part in wanted.split(os.sep)):
+    if any(len(os.fsencode(part)) > 255 for part in wanted.split(os.sep)):
         fault = "has a name of more than 255 bytes"
     elif name == "cache_dir" and expanded.startswith("~"):
         fault = "there is no such user"

@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # inputs per test in the long run; 0 for the short one
-SHORT_RUN = 60  # inputs per test, unless a test is slow
+SHORT_RUN = 50  # inputs per test, unless a test is slow
 LONGEST_MESSAGE = 500  # characters
 
 

@@ -22,13 +22,13 @@ from safetensors.torch import save
 
 import evaluate
 import sft
-from sid_sft.catalogue import Catalogue, read_catalogue, read_index, read_titles, unescaped
+from sid_sft.catalogue import Catalogue, Item, read_catalogue, read_index, read_titles, unescaped
 from sid_sft.cells import ItemIds, list_cell, read_list
 from sid_sft.checkpoint import PROMPTS_FILE, read_wording
-from sid_sft.command_line import one_word_each, read_flags
+from sid_sft.command_line import PlainLines, one_word_each, read_flags
 from sid_sft.dataset_cache import Source, rows_of
 from sid_sft.files import InputError, plain, shown
-from sid_sft.interactions import CSV_COLUMNS, read_preferences, read_rows
+from sid_sft.interactions import CSV_COLUMNS, Row, read_preferences, read_rows
 from sid_sft.settings import EvaluateFlags, TrainFlags, check_evaluating, check_training
 from sid_sft.sid_rows import ROWS_FILE, read_rows_file
 from sid_sft.tasks import DEFAULT_TASKS, PROMPTS, TASKS, read_prompts, render
@@ -113,9 +113,8 @@ def test_a_file_of_prompts_is_read_or_refused(folder, catalogue, content, catego
     def read(path):
         prompts = read_prompts(path, category)
         assert prompts.keys() == PROMPTS.keys()
-        rows = list(read_preferences(toy.write_json(folder / "p.json", PREFERENCES), catalogue, "train"))
         for task in TASKS.values():
-            render(task, rows[0], catalogue, prompts)
+            render(task, Row("ann", (0, 1), 4, "Tools that last"), catalogue, prompts)
 
     reads(read, content, folder / "odd.prompts.json")
 
@@ -217,17 +216,12 @@ def test_a_list_is_texts_and_numbers_alone(folder, cell):
 @fuzz(st.lists(st.one_of(odd_text(), odd_cell(), odd_numbers()), min_size=1, max_size=4), odd_text())
 def test_an_id_means_one_item_or_none_or_is_refused(folder, values, known):
     sids = {known: ["<a_0>"], "5": ["<a_1>"], "05": ["<a_2>"]}
-    catalogue = Catalogue([toy_item(item, sid) for item, sid in sids.items()], {item: n for n, item in enumerate(sids)})
+    items = [Item(item, tuple(sid), "") for item, sid in sids.items()]
+    catalogue = Catalogue(items, {item: place for place, item in enumerate(sids)})
     ids = ItemIds(catalogue)
     for value in values:
         accepted(lambda value=value: plain(str(ids.find(value))), ValueError, writes_in=folder)
     check_line("log: " + plain(ids.note_on_spelling()))
-
-
-def toy_item(item: str, sid: list[str]):
-    from sid_sft.catalogue import Item
-
-    return Item(item, tuple(sid), "")
 
 
 @fuzz(odd_csv(), mutated_json(PREFERENCES), st.sampled_from(["items", "interactions", "preferences"]), st.booleans())
@@ -424,7 +418,5 @@ def test_text_is_shown_plain_and_titles_lose_their_escapes(text):
 
 @fuzz(odd_text())
 def test_a_log_line_holds_nothing_that_a_terminal_would_obey(text):
-    from sid_sft.command_line import PlainLines
-
     line = PlainLines().format(logging.LogRecord("sft", logging.INFO, "", 0, f"Catalogue: {text}", None, None))
     assert all(part.isprintable() for part in line.split("\n"))
