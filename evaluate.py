@@ -31,7 +31,7 @@ from sid_sft.checkpoint import (
     read_wording,
 )
 from sid_sft.command_line import command, rank, run, tell, world_size
-from sid_sft.files import InputError, one_line
+from sid_sft.files import InputError, cut, one_line, shown
 from sid_sft.interactions import Row, read_rows
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
 from sid_sft.recommend.ranking import item_popularity, sid_table
@@ -95,7 +95,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     table = sid_table(catalogue, item_popularity(train))
     if rank() == 0:
         if flags.recommend:
-            tell("\n".join(in_words(rows[0], recommended.sid[0], recommended.score[0], catalogue, table, truth=False)))
+            tell(in_words(rows[0], recommended.sid[0], recommended.score[0], catalogue, table, truth=False))
         else:
             logger.info(
                 f"{len(rows):,} rows x {flags.num_beams} beams in {seconds:.1f} s, {len(rows) / seconds:,.0f} rows/s"
@@ -128,7 +128,7 @@ def wording_of(flags: EvaluateFlags) -> Wording:
         return wording
     logger.warning(
         f"{flags.base_model} has no {PROMPTS_FILE}: the prompts are the shipped ones for --category "
-        f"{flags.category!r}; a model that was trained with others does worse on them"
+        f"{shown(flags.category)}; a model that was trained with others does worse on them"
     )
     return Wording(category_name(flags.category), list(DEFAULT_TASKS), read_prompts(None, flags.category))
 
@@ -151,12 +151,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, f
     if len(missing) == len(tokens):
         raise InputError(
             f"--base_model {flags.base_model}: its tokenizer knows no SID token of {flags.sid_index_path} "
-            f"(e.g. {missing[0]}); expected a checkpoint trained on them, like the final_checkpoint/ of sft.py"
+            f"(e.g. {cut(missing[0])}); expected a checkpoint trained on them, like the final_checkpoint/ of sft.py"
         )
     if missing:
         raise InputError(
             f"--sid_index_path {flags.sid_index_path}: {len(missing)} of its {len(tokens)} SID tokens "
-            f"(e.g. {missing[0]}) are unknown to {flags.base_model}; give the index that the model was trained with"
+            f"(e.g. {cut(missing[0])}) are unknown to {flags.base_model}; give the index that the model was trained with"
         )
 
 
@@ -180,7 +180,7 @@ def split_history(text: str, catalogue: Catalogue) -> list[str]:
         return pieces
     pieces = [one_line(piece) for piece in text.split("|") if piece.strip()]
     if not pieces:
-        raise InputError(f"--recommend {text!r}: names no item; expected titles or item ids, separated by |")
+        raise InputError(f"--recommend {shown(text)}: names no item; expected titles or item ids, separated by |")
     return pieces
 
 
@@ -194,17 +194,17 @@ def find_in_catalogue(text: str, catalogue: Catalogue) -> int:
     matches = matches or [place for place, title in enumerate(titles) if wanted in title]
     if len(matches) == 1:
         return matches[0]
-    named = [f"{catalogue.items[place].id} ({short(catalogue.items[place].title, 60)})" for place in matches[:3]]
+    named = [f"{cut(catalogue.items[place].id)} ({short(catalogue.items[place].title, 60)})" for place in matches[:3]]
     if matches:
         raise InputError(
-            f"--recommend {text!r}: is in the titles of {len(matches)} items, among them {', '.join(named)}; "
+            f"--recommend {shown(text)}: is in the titles of {len(matches)} items, among them {', '.join(named)}; "
             "give an id or more of the title"
         )
     if not any(titles):
-        raise InputError(f"--recommend {text!r}: is no item id, and without --item_meta_path items have no titles")
+        raise InputError(f"--recommend {shown(text)}: is no item id, and without --item_meta_path items have no titles")
     close = difflib.get_close_matches(wanted, titles, n=1, cutoff=0.4)
-    hint = f"; the closest is {catalogue.items[titles.index(close[0])].title!r}" if close else ""
-    raise InputError(f"--recommend {text!r}: is no item id and in no title{hint}")
+    hint = f"; the closest is {shown(catalogue.items[titles.index(close[0])].title)}" if close else ""
+    raise InputError(f"--recommend {shown(text)}: is no item id and in no title{hint}")
 
 
 def main(arguments: list[str]) -> int:

@@ -37,7 +37,7 @@ from sid_sft.resuming import resume_point, what_decides
 from sid_sft.run_report import REPORT_FILE, model_card, write_run_report
 from sid_sft.settings import CACHE_DIR, TrainFlags, check_training
 from sid_sft.tasks import TASKS, read_prompts
-from sid_sft.training_arguments import compute_dtype, training_arguments
+from sid_sft.training_arguments import check_reports, check_schedule, compute_dtype, training_arguments
 from sid_sft.vocabulary import (
     add_sid_tokens,
     assert_sids_round_trip,
@@ -134,6 +134,7 @@ def train_until_stopped(flags: TrainFlags, signals: StopSignals) -> None:
     from sid_sft.trainer import SidTrainer
 
     quiet_other_ranks()
+    check_reports(flags)
     transformers.set_seed(flags.seed)
     positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
     flags = dataclasses.replace(flags, cutoff_len=fit_cutoff(flags.cutoff_len, positions))
@@ -148,6 +149,7 @@ def train_until_stopped(flags: TrainFlags, signals: StopSignals) -> None:
 
     # ---- and rows of the model
     args = training_arguments(flags)
+    check_schedule(args, len(train_data))
     model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code)
     base_dtype = model.dtype
     known_rows = min(known_tokens, len(model.get_input_embeddings().weight))

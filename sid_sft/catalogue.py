@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from sid_sft.files import InputError, join_or, one_line, read_json
+from sid_sft.files import InputError, join_or, one_line, read_json, shown
 
 logger = logging.getLogger("sft.catalogue")
 
@@ -49,10 +49,10 @@ def read_index(path: Path) -> dict[str, tuple[str, ...]]:
         raise InputError(f"{path}: holds no items; expected {expected}")
     for item, tokens in index.items():
         if not isinstance(tokens, list) or not tokens:
-            raise InputError(f"{path}: item {item!r} has {str(tokens)[:60]!r} for a SID; expected {expected}")
+            raise InputError(f"{path}: item {shown(item)} has {shown(tokens)} for a SID; expected {expected}")
         for token in tokens:
             if not isinstance(token, str) or not re.fullmatch(r"<[^<>\s]+>", token):
-                raise InputError(f"{path}: item {item!r} has the token {token!r}; expected {expected}")
+                raise InputError(f"{path}: item {shown(item)} has the token {shown(token)}; expected {expected}")
     return {item: tuple(tokens) for item, tokens in index.items()}
 
 
@@ -70,9 +70,9 @@ def read_titles(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: holds no items; expected {expected}")
     for item, fields in items.items():
         if not isinstance(fields, dict):
-            raise InputError(f"{path}: item {item!r} has {str(fields)[:60]!r} for its fields; expected {expected}")
+            raise InputError(f"{path}: item {shown(item)} has {shown(fields)} for its fields; expected {expected}")
         if type(fields.get("title")) not in TITLE_TYPES:
-            raise InputError(f"{path}: item {item!r} has {str(fields['title'])[:60]!r} for a title; expected {expected}")
+            raise InputError(f"{path}: item {shown(item)} has {shown(fields['title'])} for a title; expected {expected}")
     if not any("title" in fields for fields in items.values()):
         raise InputError(f"{path}: no item has a title; expected {expected}")
     return {item: title_text(fields.get("title")) for item, fields in items.items()}

@@ -19,7 +19,7 @@ from collections import Counter
 from typing import Any
 
 from sid_sft.catalogue import TITLE_TYPES, Catalogue
-from sid_sft.files import InputError, join_or
+from sid_sft.files import QUOTED, InputError, cut, join_or, one_line, shown
 
 # How an entry of a list cell is written. The grammar leaves out two texts side by side: a numpy array of two texts is
 # written ['Mug' 'Jug'], which Python reads as the one text 'MugJug'.
@@ -66,7 +66,7 @@ class ItemIds:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.catalogue = catalogue
-        self.like = f"the index has ids like {catalogue.items[0].id!r}"
+        self.like = f"the index has ids like {shown(catalogue.items[0].id)}"
         self.respelled: Counter[tuple[str, str]] = Counter()
 
     @functools.cached_property
@@ -86,8 +86,8 @@ class ItemIds:
             raise ValueError(f"has {text} for an item id; {self.like}; write it as there")
         found = self.positions_of_plain_id.get(plain_id(text), [])
         if len(found) > 1:
-            either = join_or(repr(self.catalogue.items[position].id) for position in found)
-            raise ValueError(f"has {text!r} for an item id, which may be {either} of the index; write it as there")
+            either = join_or(shown(self.catalogue.items[position].id) for position in found[:3])
+            raise ValueError(f"has {shown(text)} for an item id, which may be {either} of the index; write it as there")
         if not found:
             return None
         self.respelled[text, self.catalogue.items[found[0]].id] += 1
@@ -99,7 +99,7 @@ class ItemIds:
             return ""
         text, known = next(iter(self.respelled))
         count = f"{self.respelled.total():,} item ids"
-        return f"{count} are written otherwise than in the index and read as there ({text!r} as {known!r})"
+        return f"{count} are written otherwise than in the index and read as there ({shown(text)} as {shown(known)})"
 
 
 def plain_id(text: str) -> str:
@@ -125,10 +125,10 @@ def list_cell(where: str, fields: dict[str, str], column: str, catalogue: Catalo
         values = read_list(cell)
         for value in values:
             if type(value) not in LIST_COLUMNS[column]:
-                raise ValueError(f"has the entry {value!r}")
+                raise ValueError(f"has the entry {shown(value)}")
     except ValueError as error:
         raise InputError(
-            f"{where}: column {column!r} {error}: {' '.join(cell[:60].split())!r}; "
+            f"{where}: column {column!r} {error}: {shown(one_line(cell[:1000]))}; "
             f"expected one like {example_cell(column, catalogue)}, as numpy's tolist() gives it"
         ) from None
     return values
@@ -138,5 +138,7 @@ def example_cell(column: str, catalogue: Catalogue) -> str:
     """A right cell of a list column, of the catalogue's first two items: "history_item_id" -> "[0, 1]"."""
     items = catalogue.items[:2]
     if column == "history_item_id":
-        return repr([int(item.id) if item.id.isdecimal() and item.id == str(int(item.id)) else item.id for item in items])
-    return repr(["".join(item.sid) if column == "history_item_sid" else item.title or "a title" for item in items])[:120]
+        entries = [item.id if re.fullmatch(r"0|[1-9][0-9]{0,17}", item.id) else shown(item.id) for item in items]
+    else:
+        entries = [shown("".join(item.sid) if column == "history_item_sid" else item.title or "a title") for item in items]
+    return f"[{cut(', '.join(entries), 2 * QUOTED)}]"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sid_sft.catalogue import Catalogue
-from sid_sft.files import InputError, error_text, read_json, whole_folder
-from sid_sft.tasks import PROMPTS, TASKS, category_name, check_template
+from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, read_json, shown, whole_folder
+from sid_sft.tasks import TASK_GROUPS, category_name, check_prompts
 from sid_sft.vocabulary import add_sid_tokens, grow_embeddings, vocabulary_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sid_sft.settings import TrainFlags
     from sid_sft.sid_rows import SidRows
@@ -41,25 +43,25 @@ def read_wording(folder: Path) -> Wording | None:
         return None
     expected = 'a file of sft.py: {"category": ..., "tasks": [...], "prompts": {...}}'
     content = read_json(path, expected)
-    try:
-        category = str(content["category"])
-        shipped = {name: template.replace("{category}", category) for name, template in PROMPTS.items()}
-        wording = Wording(category, list(content["tasks"]), {**shipped, **content["prompts"]})
-        for name, template in wording.prompts.items():
-            check_template(f"{path}: {name!r}", template, TASKS[name])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: lacks {error_text(error)}; expected {expected}") from None
-    return wording
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {shown(content)}; expected {expected}")
+    category, tasks, prompts = (content.get(key) for key in ("category", "tasks", "prompts"))
+    if not isinstance(category, str):
+        raise InputError(f"{path}: has {shown(category)} for a category; expected {expected}")
+    if not isinstance(tasks, list) or not all(isinstance(name, str) and name in TASK_GROUPS for name in tasks):
+        raise InputError(f"{path}: has {shown(tasks)} for tasks; expected names of {', '.join(TASK_GROUPS)}")
+    if not isinstance(prompts, dict):
+        raise InputError(f"{path}: has {shown(prompts)} for prompts; expected {expected}")
+    return Wording(category, tasks, check_prompts(prompts, category, str(path)))
 
 
 def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name, with a pad token, padding on the left (a decoder generates on the right)."""
     from transformers import AutoTokenizer
 
-    try:
+    with loading(base_model, "has no tokenizer that loads"):
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--base_model {base_model}: has no tokenizer that loads ({error_text(error)[:200]})") from None
+        tokenizer("a")  # some settings of a wrong type are met only here
     if tokenizer.eos_token_id is None:
         raise InputError(f"--base_model {base_model}: its tokenizer has no end token, so no answer could end; set eos_token")
     if tokenizer.pad_token_id is None:
@@ -71,6 +73,7 @@ def load_tokenizer(base_model: str, *, trust_remote_code: bool) -> PreTrainedTok
 
 # What configurations call the number of positions that a model was made for.
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length")
+MOST_LAYERS = 1000  # no model has so many, and to build a million takes all memory
 # Models whose first position stands behind the padding's row of the position table (fairseq's RoBERTa and its kin).
 POSITIONS_BEHIND_PAD = (
     "camembert",
@@ -88,12 +91,7 @@ def model_positions(base_model: str, *, trust_remote_code: bool) -> int | None:
 
     A table of positions has no row behind its last; rotary positions beyond those of pretraining mean nothing to a model.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--base_model {base_model}: has no config that loads ({error_text(error)[:200]})") from None
+    config = load_config(base_model, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
     found = [value for name in POSITIONS if type(value := getattr(config, name, None)) is int and value > 0]
     if found and config.model_type in POSITIONS_BEHIND_PAD:
         return min(found) - (config.pad_token_id or 0) - 1
@@ -124,11 +122,12 @@ def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code
 
     InputError where the files lack a weight, which would be random, or hold one that the model has no place for.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
+    config = load_config(base_model, trust_remote_code=trust_remote_code)
+    check_size(base_model, config, trust_remote_code=trust_remote_code)
+    with loading(base_model, "no causal language model loads"):
         if from_scratch:
-            config = AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             return model.to(config.dtype or model.dtype)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -138,10 +137,59 @@ def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--base_model {base_model}: no causal language model loads ({error_text(error)[:200]})") from None
     check_weights(base_model, found)
     return model
+
+
+@contextlib.contextmanager
+def loading(base_model: str, fault: str) -> Iterator[None]:
+    """Turns whatever transformers raises over the files of a model, which may hold anything, into an InputError."""
+    try:
+        yield
+    except Exception as error:  # other people's code
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        text = cut(kind + error_text(error), 200)
+        raise InputError(f"--base_model {cut(base_model, LONGEST_PATH)}: {fault} ({text})") from None
+
+
+def load_config(base_model: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of a folder or hub name. InputError where it asks for more layers than could be built."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    with loading(base_model, "has no config that loads"):
+        parts = [PreTrainedConfig.get_config_dict(base_model)[0]]
+    while parts:  # looked at before it is believed: a configuration makes lists as long as its layers
+        part = parts.pop()
+        for name, value in part.items() if isinstance(part, dict) else ():
+            parts.append(value)
+            if "layer" in name and type(value) is int and value > MOST_LAYERS:
+                raise InputError(
+                    f"--base_model {base_model}: its config.json has {shown(value)} for {cut(name)}; "
+                    f"expected {MOST_LAYERS} at most"
+                )
+    with loading(base_model, "has no config that loads"):
+        return AutoConfig.from_pretrained(base_model, trust_remote_code=trust_remote_code)
+
+
+def check_size(base_model: str, config: PreTrainedConfig, *, trust_remote_code: bool) -> None:
+    """InputError where a config.json asks for a model that this machine's memory cannot hold."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "quantization_config", None) is not None:
+        return  # its files are smaller than such a model
+    try:
+        with torch.device("meta"):  # a model without its numbers
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:  # other people's code, which may not know this device; loading tells what else is wrong
+        return
+    needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise InputError(
+            f"--base_model {base_model}: a model of the sizes in its config.json takes {needed / 1e9:,.0f} GB, this machine "
+            f"has {memory / 1e9:,.0f} GB"
+        )
 
 
 def check_weights(base_model: str, found: dict[str, Iterable]) -> None:
@@ -155,9 +203,9 @@ def check_weights(base_model: str, found: dict[str, Iterable]) -> None:
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found[key])
         if names:
             count = f"{len(names)} weight{'s' * (len(names) > 1)}"
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            first = ", ".join(map(cut, names[:3])) + (", ..." if len(names) > 3 else "")
             raise InputError(
-                f"--base_model {base_model}: {fault.format(count=count, names=shown)}; expected a whole causal language "
+                f"--base_model {base_model}: {fault.format(count=count, names=first)}; expected a whole causal language "
                 "model, as its own save_pretrained writes it"
             )
 
@@ -173,8 +221,11 @@ def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
     from sid_sft.sid_rows import base_hash, read_rows_file
 
     saved = read_rows_file(Path(path))
+    tables = {name: weight.shape[1] for name, weight in tables_of(model).items()}
+    if (widths := {name: rows.shape[1] for name, rows in saved.rows.items()}) != tables:
+        raise InputError(f"{path}: its rows are those of another model (tables and widths {widths}, this one's {tables})")
     if (found := base_hash(model, int(saved.ids[0]))) != saved.base_hash:
-        raise InputError(f"{path}: was trained on another base model (hash {saved.base_hash}, this one's is {found})")
+        raise InputError(f"{path}: was trained on another base model (hash {shown(saved.base_hash)}, this one's is {found})")
     add_sid_tokens(tokenizer, saved.tokens)
     if tokenizer.convert_tokens_to_ids(saved.tokens) != saved.ids.tolist():
         raise InputError(f"{path}: the tokenizer gives the SID tokens other ids; use the tokenizer of the base model")

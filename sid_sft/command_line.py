@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import logging
@@ -27,16 +28,16 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fire
 
-from sid_sft.files import InputError
+from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, plain, shown
 
 logger = logging.getLogger("sft.command_line")
 
 Flags = TypeVar("Flags")
+LARGEST = 2**32 - 1  # the largest number that a flag takes, and the largest seed that NumPy takes
 
 
 # ---------------------------------------------------------------------------------------------- what is known of a flag
@@ -49,15 +50,20 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]
 
 
+def from_to(least: float, most: float) -> Range:
+    return Range(f"from {least} to {most}", lambda value: least <= value <= most)
+
+
 def at_least(least: float) -> Range:
     return Range(f"at least {least}", lambda value: value >= least)
 
 
-def above(bound: float) -> Range:
-    return Range(f"above {bound}", lambda value: value > bound)
+def above(bound: float, most: float = math.inf) -> Range:
+    words = f"above {bound}" + (f", at most {most}" if most < math.inf else "")
+    return Range(words, lambda value: bound < value <= most)
 
 
-SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+SHARE = from_to(0, 1)
 COUNT_OR_ALL = Range("positive, or -1 for no limit", lambda value: value == -1 or value > 0)
 
 
@@ -128,9 +134,10 @@ def check_flag(name: str, value: Any, about: About) -> None:
     if about.range and not about.range.holds(value):
         raise InputError(f"--{name} {value:g} must be {about.range.words}")
     if about.choices and value not in about.choices:
-        raise InputError(f"--{name} {value!r}{suggestion(value, about.choices)}; expected one of {', '.join(about.choices)}")
-    if about.is_file and not Path(value).is_file():
-        raise InputError(f"--{name} {value}: there is no such file")
+        like = suggestion(value, about.choices)
+        raise InputError(f"--{name} {shown(value)}{like}; expected one of {', '.join(about.choices)}")
+    if about.is_file and not os.path.isfile(value):
+        raise InputError(f"--{name} {cut(value, LONGEST_PATH)}: there is no such file")
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
@@ -139,25 +146,40 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     kind = options[0]
     if value is None and type(None) in options:
         return None
-    if not isinstance(value, str):
-        if isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
-            return value
-        if kind is float and type(value) is int:
-            return float(value)
-        value = str(value)
     if kind is str:
+        return utf8(name, str(value))
+    if kind is not bool:
+        return number_of(name, value, kind)
+    if isinstance(value, bool):
         return value
-    if kind is bool:
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise InputError(f"--{name} {value!r} is neither True nor False")
+    text = value if isinstance(value, str) else shown(value)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    raise InputError(f"--{name} {shown(text)} is neither True nor False")
+
+
+def number_of(name: str, value: Any, kind: type[int] | type[float]) -> float:
+    """A flag's number; InputError where it is none, or larger than any that a run could use."""
     try:
-        number = kind(value)
+        number = value if type(value) in (int, kind) else kind(str(value))
     except ValueError:
-        raise InputError(f"--{name} {value!r} is no {'whole number' if kind is int else 'number'}") from None
-    if not math.isfinite(number):
-        raise InputError(f"--{name} {value!r} is no finite number")
-    return number
+        raise InputError(f"--{name} {shown(str(value))} is no {'whole number' if kind is int else 'number'}") from None
+    if type(number) is float and not math.isfinite(number):
+        raise InputError(f"--{name} {shown(str(value))} is no finite number")
+    if abs(number) > LARGEST:
+        raise InputError(f"--{name} {shown(value)} is beyond {LARGEST}")
+    return kind(number)
+
+
+def utf8(name: str, value: str) -> str:
+    """A flag's text. InputError where its bytes on the command line are not UTF-8: Python reads them as half characters."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"--{name} {shown(value)} is not UTF-8") from None
+    if "\0" in value:
+        raise InputError(f"--{name} {shown(value)} holds a NUL byte")
+    return value
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -207,7 +229,9 @@ def run(function: Callable[..., None], arguments: list[str], *, program: str) ->
 
     0: all is well; 2: what was given cannot be used; 130, 143, 129: stopped by Ctrl-C, SIGTERM, SIGHUP.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("sft").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     try:
         if {"--help", "-h"} & set(arguments):
@@ -217,6 +241,12 @@ def run(function: Callable[..., None], arguments: list[str], *, program: str) ->
     except InputError as error:
         if rank() == 0:
             logger.error(str(error) if str(error).startswith(program) else f"{program}: {error}")
+        return 2
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise  # of a connection, not of a file
+        where = f"{error.filename}: " if error.filename else ""
+        logger.error(f"{program}: {where}{error_text(error)}; what was written before it is not whole")
         return 2
     except KeyboardInterrupt as stop:  # Ctrl-C, or one of the signals of StopSignals
         if rank() == 0:
@@ -237,12 +267,12 @@ def one_word_each(function: Callable[..., None], arguments: list[str]) -> list[s
     for argument in arguments:
         if not argument.startswith("--"):
             if not waiting:
-                raise InputError(f"{argument!r} belongs to no flag; expected --flag value")
+                raise InputError(f"{shown(argument)} belongs to no flag; expected --flag value")
             found[waiting], waiting = argument, ""
             continue
         name, equals, value = argument[2:].partition("=")
         if name not in known:
-            raise InputError(f"unknown flag --{name}{suggestion(name, known)}; --help lists them")
+            raise InputError(f"unknown flag --{cut(name)}{suggestion(name, known)}; --help lists them")
         if name in found:
             raise InputError(f"--{name} is given twice")
         found[name], waiting = (value, "") if equals else (None, name)
@@ -258,7 +288,16 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def tell(text: str) -> None:
-    """The answer a user asked for goes to standard output; the log goes to standard error."""
-    sys.stdout.write(text + "\n")
+class PlainLines(logging.Formatter):
+    """Messages whose lines hold nothing that a terminal would obey: titles and paths may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(plain, super().format(record).split("\n")))
+
+
+def tell(lines: Iterable[str]) -> None:
+    """The answer a user asked for goes to standard output, as plain lines; the log goes to standard error."""
+    text = "".join(plain(line) + "\n" for line in lines)
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()

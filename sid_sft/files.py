@@ -13,15 +13,45 @@ import contextlib
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+QUOTED = 60  # characters of what a user gave that a message quotes
+LONGEST_PATH = 200  # characters of a path on the command line that a message shows
+LONGEST_LINE = 2**25  # bytes of a line of text: a longer one is no CSV of interactions, and would fill the memory
+
 
 class InputError(ValueError):
     """What a user gave cannot be used; the message is one line: where, what came, what was expected, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message))
+
+
+def plain(text: str) -> str:
+    """Text with escapes for what a terminal would obey or not show: "Mug\x1b[2J" -> "Mug\\x1b[2J", "é" stays."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def cut(text: str, most: int = QUOTED) -> str:
+    """Plain text of at most so many characters, with dots where something is left out: cut("Kettle", 5) -> "Ke..."."""
+    text = plain(text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def shown(value: Any, most: int = QUOTED) -> str:
+    """A value as a message quotes it, in at most so many characters between its quotes: "Mug\n" -> "'Mug\\n'"."""
+    if isinstance(value, str):
+        text = repr(value[: most + 1])  # of a long text, no more is made than shown
+        return text if len(text) <= most + 2 else text[: most - 2] + "..." + text[0]
+    try:
+        return cut(reprlib.repr(value), most)
+    except ValueError:  # whole numbers of thousands of digits, of which Python makes no text
+        return f"{type(value).__name__} of too many digits"
 
 
 def error_text(error: Exception) -> str:
@@ -55,7 +85,7 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {shown(twice)} stands twice in one object")
     return content
 
 
@@ -63,7 +93,9 @@ def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 text file; InputError names the line that is not UTF-8 or holds a NUL byte."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                if len(line) == LONGEST_LINE:
+                    raise InputError(f"{path}:{number}: is a line of {LONGEST_LINE:,} bytes or more; expected a UTF-8 CSV")
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:

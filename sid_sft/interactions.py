@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from sid_sft.catalogue import Catalogue, same_title, title_text
 from sid_sft.cells import LIST_COLUMNS, ItemIds, list_cell
-from sid_sft.files import InputError, error_text, one_line, read_json, read_lines
+from sid_sft.files import InputError, cut, error_text, one_line, read_json, read_lines, shown
 
 logger = logging.getLogger("sft.interactions")
 
@@ -31,6 +31,7 @@ CSV_COLUMNS = (
     "history_item_sid",
     "item_sid",
 )
+LONGEST_CELL = 2**20  # characters: ten thousand titles; to read a cell may take several hundred times its length of memory
 MAX_LEFT_OUT = 0.2  # the share of a file's rows that may be left out before a run stops
 
 
@@ -121,7 +122,7 @@ def read_rows(
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, {column: cell}) of each row of an interaction CSV: the row's last line, since a cell may hold line ends."""
-    csv.field_size_limit(2**31 - 1)  # a history of titles has no natural limit; csv's own is 128 KiB
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(read_lines(path), strict=True)
     try:
         header = next(reader, None)
@@ -130,7 +131,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         for column in CSV_COLUMNS:
             if header.count(column) != 1:
                 fault = f"has the column {column!r} twice" if column in header else f"has no column {column!r}"
-                raise InputError(f"{path}: {fault}; its columns are {','.join(header)[:200]!r}")
+                raise InputError(f"{path}: {fault}; its columns are {shown(','.join(header), 200)}")
         for cells in reader:
             if len(cells) == len(header):
                 yield reader.line_num, dict(zip(header, cells, strict=True))
@@ -139,6 +140,11 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     f"{path}:{reader.line_num}: has {len(cells)} cells, expected {len(header)} as in the header"
                 )
     except csv.Error as error:
+        if "field limit" in str(error):
+            raise InputError(
+                f"{path}:{reader.line_num}: has a cell of more than {LONGEST_CELL:,} characters; shorten the history to the "
+                "items that --cutoff_len leaves of it, or look for a quote that is never closed"
+            ) from None
         raise InputError(f"{path}:{reader.line_num}: is not CSV ({error_text(error)})") from None
 
 
@@ -157,7 +163,7 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
         try:
             position = ids.find(item_id)
         except ValueError as error:
-            given = f"history {fields['history_item_id'][:60]!r}, item {fields['item_id'][:60]!r}"
+            given = f"history {shown(fields['history_item_id'])}, item {shown(fields['item_id'])}"
             raise InputError(f"{where}: {error} ({given})") from None
         positions.append(position)
         if position is None:
@@ -167,7 +173,7 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
         if sid != known:
             if sid != "".join(item.sid[:-1]):
                 raise InputError(
-                    f"{where}: item {item_id} has the SID {sid[:60]!r}, in the index {known!r}; "
+                    f"{where}: item {cut(str(item_id))} has the SID {shown(sid)}, in the index {shown(known)}; "
                     "the CSV and the index must be of one dataset"
                 )
             counts["short"] += 1
@@ -178,11 +184,11 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
     counts["history"] += len(history) - len(known_history)
     line = f"line {where.rpartition(':')[2]}"
     if target is None:
-        left_out.add("their item is not in the index", f"{line}: {fields['item_id'][:60]!r}, {ids.like}")
+        left_out.add("their item is not in the index", f"{line}: {shown(fields['item_id'])}, {ids.like}")
     elif not history:
         left_out.add("their history is empty", line)
     elif not known_history:
-        left_out.add("no item of their history is in the index", f"{line}: {fields['history_item_id'][:60]!r}, {ids.like}")
+        left_out.add("no item of their history is in the index", f"{line}: {shown(fields['history_item_id'])}, {ids.like}")
     else:
         return Row(fields["user_id"], known_history, target)
     return None
@@ -233,7 +239,7 @@ def read_preferences(
             continue
         yield Row(user, tuple(known[:-1]), known[-1], one_line(preference))
     if unknown == total:
-        raise InputError(f"{path}: no entry of split {split!r} has known items and a preference; expected {expected}")
+        raise InputError(f"{path}: no entry of split {shown(split)} has known items and a preference; expected {expected}")
     reason = "unknown item, no history or no preference"
     if unknown:
         why = f"{reason} (entry {first}); {ids.like}"
@@ -247,5 +253,7 @@ def find_item(value: Any, ids: ItemIds, by_sid: dict[str, int]) -> int | None:
     """The position of an item that a preference file names by id, SID or object; None where the index has no such item."""
     if isinstance(value, dict):
         value = next((value[key] for key in ("item_id", "id", "sid") if key in value), None)
+    if not isinstance(value, str | int | float):
+        return None
     position = by_sid.get(str(value))
     return ids.find(value) if position is None else position

@@ -5,7 +5,8 @@ and hash of each file, everything that decides the run's numbers, and the sums t
 
     output/checkpoint-150/   sid_rows.safetensors  optimizer.pt  scheduler.pt  rng_state.pth  trainer_state.json
                              checkpoint.json       {"files": {"optimizer.pt": {"bytes": 6594, "sha256": "9f86d0..."}, ...},
-                                                    "decides": {"seed": 42, "train_file": "5e88489...", ...}, "log": {...}}
+                                                    "decides": {"seed": 42, "train_file": "5e88489...", ...},
+                                                    "log": {...}, "hash": "2c26b4..."}
 
 A folder without a record, or with another content than its record says, is not whole: no run ever goes on from it.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sid_sft.command_line import rank, world_size
-from sid_sft.files import InputError, content_hash, file_hash, read_json
+from sid_sft.files import InputError, content_hash, cut, file_hash, read_json
 from sid_sft.settings import CHANGEABLE, TrainFlags, examples_per_step, intervals
 from sid_sft.tasks import PROMPTS, category_name
 from sid_sft.training_arguments import use_bf16
@@ -50,6 +51,7 @@ class Resumed(NamedTuple):
 def write_record(folder: Path, decides: dict[str, Any], log: dict[str, Any]) -> None:
     """Makes a checkpoint whole: to be called when all of its files are written."""
     content = {"files": described(folder), "decides": decides, "log": log}
+    content["hash"] = content_hash(content)
     scratch = folder / (RECORD_FILE + ".tmp")
     scratch.write_text(json.dumps(content, indent=1))
     os.replace(scratch, folder / RECORD_FILE)
@@ -66,9 +68,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not (folder / RECORD_FILE).is_file():
         raise InputError(f"{folder} is not whole: it has no {RECORD_FILE}, which is written last")
     record = read_json(folder / RECORD_FILE, "the record of a checkpoint")
-    parts = {"files": dict, "decides": dict, "log": dict}
-    if not isinstance(record, dict) or any(not isinstance(record.get(name), kind) for name, kind in parts.items()):
-        raise InputError(f"{folder / RECORD_FILE}: is no record of a checkpoint")
+    if not isinstance(record, dict) or record.pop("hash", None) != content_hash(record):
+        raise InputError(f"{folder} is not whole: {RECORD_FILE} is not as it was written")
     found = described(folder)
     for name, expected in record["files"].items():
         if name not in found:
@@ -163,7 +164,7 @@ def difference(then: Any, now: Any) -> str:
     """'0.001 (now 0.01)'; of what was hashed only that it differs."""
     if any(re.fullmatch("[0-9a-f]{24,64}", str(value)) for value in (then, now)):
         return "has other content"
-    return f"{str(then)[:60]} (now {str(now)[:60]})"
+    return f"{cut(str(then))} (now {cut(str(now))})"
 
 
 def clear_the_way(output_dir: Path, resumed: Path | None) -> None:

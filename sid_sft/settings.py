@@ -16,17 +16,19 @@ from typing import NamedTuple
 
 from sid_sft.command_line import (
     COUNT_OR_ALL,
+    LARGEST,
     SHARE,
     Range,
     above,
     at_least,
     flag,
     flags_of,
+    from_to,
     same_flag,
     suggestion,
     world_size,
 )
-from sid_sft.files import InputError
+from sid_sft.files import LONGEST_PATH, InputError, cut, shown
 from sid_sft.interactions import MAX_LEFT_OUT
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS
 from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS, TASKS
@@ -45,6 +47,17 @@ CHANGEABLE = (
     "seed", "bf16", "eval_steps", "save_steps", "early_stopping_patience",
 )
 # fmt: on
+SCHEDULES = (  # those of transformers that need no further arguments
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "greedy",
+)
 STEPS = Range(
     "a whole number of steps, or above 0 and below 1 a share of the run",
     lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
@@ -138,11 +151,11 @@ class TrainFlags:
     learning_rate: float | None = flag(
         None,
         "peak learning rate",
-        above(0),
+        above(0, 100),
         if_unset="3e-4, with freeze_LLM 2.4 over the width of the model",
     )
-    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of the SID rows alone", at_least(0))
-    lr_scheduler_type: str = flag("cosine", "linear, cosine, constant, ... (transformers' names)")
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of the SID rows alone", from_to(0, 100))
+    lr_scheduler_type: str = flag("cosine", "how the learning rate goes on from its peak", choices=SCHEDULES)
     warmup_steps: int = flag(20, "steps until the learning rate reaches its peak", at_least(0))
     group_by_length: bool = flag(False, "batches of similar length across the epoch (steps are sorted inside in any case)")
     group_users: bool = flag(
@@ -156,7 +169,7 @@ class TrainFlags:
     prefix_cache_in: str = flag(
         "device", "where to keep it: device (the memory of the device that computes), host, or a folder on a fast disk"
     )
-    seed: int = flag(42, "decides shuffling, sampling and the first values of new rows", at_least(0))
+    seed: int = flag(42, "decides shuffling, sampling and the first values of new rows", from_to(0, LARGEST))
     bf16: bool | None = flag(None, "compute in bfloat16", if_unset="on GPUs that have it")
 
     # ---- what is told and kept of the run
@@ -189,7 +202,7 @@ class TrainFlags:
     cache_dir: str = flag(
         "", "where tokenized datasets are kept, built once per content and memory-mapped", if_unset=CACHE_DIR
     )
-    num_proc: int | None = flag(None, "processes that tokenize", at_least(1), if_unset="one per core, no more than 8")
+    num_proc: int | None = flag(None, "processes that tokenize", from_to(1, 1024), if_unset="one per core, no more than 8")
     check: bool = flag(
         False, "read everything, show one example per task and what would train, then stop; nothing is written"
     )
@@ -286,7 +299,7 @@ def results_folder(flags: EvaluateFlags) -> Path:
     """Where evaluate.py writes: --output_dir, or evaluation/ in a local model's folder, or evaluation/ here."""
     if flags.output_dir:
         return Path(flags.output_dir)
-    return Path(flags.base_model if Path(flags.base_model).is_dir() else "") / "evaluation"
+    return Path(flags.base_model if os.path.isdir(flags.base_model) else "") / "evaluation"
 
 
 def examples_per_step(flags: TrainFlags) -> int:
@@ -322,11 +335,17 @@ def check_batch(flags: TrainFlags) -> None:
 def check_intervals(flags: TrainFlags) -> None:
     evaluating, saving = intervals(flags)
     both_shares_or_none = (saving < 1) == (evaluating < 1)
-    if flags.eval_file and not (both_shares_or_none and math.isclose(ratio := saving / evaluating, max(1, round(ratio)))):
+    if flags.eval_file and not (both_shares_or_none and is_multiple(saving, evaluating)):
         raise InputError(
             f"--save_steps {saving:g} is no multiple of --eval_steps {evaluating:g}; "
             "the best checkpoint must have been both evaluated and saved; leave one of the two out and it follows the other"
         )
+
+
+def is_multiple(steps: float, of: float) -> bool:
+    """Whether one count or share of steps is the other one, twice, three times, ...: 0.3 of 0.1 is."""
+    ratio = steps / of
+    return ratio < LARGEST and math.isclose(ratio, max(1, round(ratio)))
 
 
 def check_tasks(flags: TrainFlags) -> None:
@@ -340,12 +359,14 @@ def check_tasks(flags: TrainFlags) -> None:
             f"--metric_for_best_model {flags.metric_for_best_model} is measured with --eval_recommendation only"
         )
     if not names:
-        raise InputError(f"--tasks {flags.tasks!r} names no task; the tasks are {', '.join(TASK_GROUPS)}")
+        raise InputError(f"--tasks {shown(flags.tasks)} names no task; the tasks are {', '.join(TASK_GROUPS)}")
     for name in names:
         if name not in TASK_GROUPS:
-            raise InputError(f"--tasks has {name!r}{suggestion(name, TASK_GROUPS)}; the tasks are {', '.join(TASK_GROUPS)}")
+            raise InputError(
+                f"--tasks has {shown(name)}{suggestion(name, TASK_GROUPS)}; the tasks are {', '.join(TASK_GROUPS)}"
+            )
     if len(set(names)) < len(names):
-        raise InputError(f"--tasks {flags.tasks} names a task twice")
+        raise InputError(f"--tasks {shown(flags.tasks)} names a task twice")
     needed = {"interactions": "train_file", "preferences": "preference_file"}
     for task in TASKS.values():
         if task.group not in names:
@@ -358,21 +379,20 @@ def check_tasks(flags: TrainFlags) -> None:
 
 def check_base_model(base_model: str) -> None:
     """Refuses what is no model folder and cannot be a hub name."""
-    base = Path(base_model)
-    if base.is_dir() and not (base / "config.json").is_file():
-        hint = " (its final_checkpoint/ is one)" if (base / "final_checkpoint").is_dir() else ""
-        raise InputError(f"--base_model {base}: the folder has no config.json; expected a saved HF model{hint}")
-    if not base.exists() and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
-        raise InputError(f"--base_model {base}: there is no such folder")
+    name = cut(base_model, LONGEST_PATH)
+    if os.path.isdir(base_model) and not os.path.isfile(os.path.join(base_model, "config.json")):
+        hint = " (its final_checkpoint/ is one)" if os.path.isdir(os.path.join(base_model, "final_checkpoint")) else ""
+        raise InputError(f"--base_model {name}: the folder has no config.json; expected a saved HF model{hint}")
+    if not os.path.exists(base_model) and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
+        raise InputError(f"--base_model {name}: there is no such folder")
 
 
 def check_places(flags: TrainFlags) -> None:
-    if flags.prefix_cache_in not in ("device", "host") and not Path(flags.prefix_cache_in).is_dir():
-        raise InputError(
-            f"--prefix_cache_in {flags.prefix_cache_in}: is neither device nor host, and there is no such folder"
-        )
-    if Path(flags.output_dir).is_file():
-        raise InputError(f"--output_dir {flags.output_dir}: is a file")
+    if flags.prefix_cache_in not in ("device", "host") and not os.path.isdir(flags.prefix_cache_in):
+        place = cut(flags.prefix_cache_in, LONGEST_PATH)
+        raise InputError(f"--prefix_cache_in {place}: is neither device nor host, and there is no such folder")
+    check_folder("output_dir", flags.output_dir)
+    check_folder("cache_dir", flags.cache_dir or CACHE_DIR)
 
 
 def check_resuming(flags: TrainFlags) -> None:
@@ -381,8 +401,9 @@ def check_resuming(flags: TrainFlags) -> None:
         raise InputError(
             f"--resume_from_checkpoint {resume}, but {flags.output_dir} has no checkpoint; with auto the run starts afresh"
         )
-    if resume and resume.lower() not in ("true", "auto") and not (Path(resume) / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {resume}: is no checkpoint folder (it has no trainer_state.json)")
+    if resume and resume.lower() not in ("true", "auto") and not os.path.isfile(os.path.join(resume, "trainer_state.json")):
+        place = cut(resume, LONGEST_PATH)
+        raise InputError(f"--resume_from_checkpoint {place}: is no checkpoint folder (it has no trainer_state.json)")
     if flags.allowed_changes and not resume:
         raise InputError("--allow_changed is for --resume_from_checkpoint; a fresh run may have any flags")
     for name in flags.allowed_changes:
@@ -390,6 +411,25 @@ def check_resuming(flags: TrainFlags) -> None:
             raise InputError(
                 f"--allow_changed has {name!r}{suggestion(name, CHANGEABLE)}; expected some of {', '.join(CHANGEABLE)}"
             )
+
+
+def check_folder(name: str, path: str) -> None:
+    """InputError where no folder can be at a path, or nothing be written into it; makes nothing."""
+    expanded = os.path.expanduser(path) if name == "cache_dir" else path
+    wanted = place = os.path.abspath(expanded)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    fault = ""
+    if any(len(os.fsencode(part)) > 255 for part in wanted.split(os.sep)):
+        fault = "has a name of more than 255 bytes"
+    elif name == "cache_dir" and expanded.startswith("~"):
+        fault = "there is no such user"
+    elif not os.path.isdir(place):
+        fault = "is a file" if place == wanted else f"cannot be made, since {cut(place, LONGEST_PATH)} is a file"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        fault = "cannot be written to"
+    if fault:
+        raise InputError(f"--{name} {cut(path, LONGEST_PATH)}: {fault}; expected a folder to write into")
 
 
 def check_distribution(flags: TrainFlags) -> None:
@@ -409,5 +449,5 @@ def check_evaluating(flags: EvaluateFlags) -> None:
     check_base_model(flags.base_model)
     if not flags.recommend and not flags.test_file:
         raise InputError("--test_file is missing")
-    if (folder := results_folder(flags)).is_file():
-        raise InputError(f"--output_dir {folder}: is a file")
+    if not flags.recommend:
+        check_folder("output_dir", str(results_folder(flags)))

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sid_sft.files import InputError
+from sid_sft.files import InputError, cut, error_text, shown
 from sid_sft.forward.architecture import tables_of
 
 ROWS_FILE = "sid_rows.safetensors"
@@ -157,18 +157,35 @@ def in_order(content: bytes) -> bytes:
 
 
 def read_rows_file(path: Path) -> SavedRows:
+    """The content of a rows file, checked; InputError where it is not what `SidRows.save` writes."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            metadata = file.metadata()
-        tokens = json.loads(metadata["tokens"])
-        return SavedRows(tensors.pop("ids"), tokens, dict(sorted(tensors.items())), metadata["base"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: is not a rows file ({type(error).__name__}); expected a {ROWS_FILE} of a run") from None
-    except Exception as error:  # safetensors raises a bare Exception subclass for a broken file
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise InputError(f"{path}: is not a rows file ({error}); expected a {ROWS_FILE} of a run") from None
+            metadata = file.metadata() or {}
+        fault = fault_of_rows(tensors, tokens := json.loads(metadata.get("tokens", "null")))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        fault = cut(error_text(error), 200)
+    if fault or "base" not in metadata:
+        raise InputError(f"{path}: is not a rows file ({fault or 'no hash of a base'}); expected a {ROWS_FILE} of a run")
+    return SavedRows(tensors.pop("ids"), tokens, dict(sorted(tensors.items())), metadata["base"])
+
+
+def fault_of_rows(tensors: dict[str, Tensor], tokens: object) -> str:
+    """What is wrong with the content of a rows file; "" where nothing is."""
+    if "ids" not in tensors or "embedding" not in tensors or not tensors.keys() <= {"ids", "embedding", "head"}:
+        return f"its tensors are {shown(', '.join(sorted(tensors)))}, not ids, embedding and perhaps head"
+    ids = tensors["ids"]
+    if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids) or ids[0] < 0 or not (ids[1:] > ids[:-1]).all():
+        return "its ids are no ascending list of token ids"
+    if not isinstance(tokens, list) or len(tokens) != len(ids) or not all(isinstance(token, str) for token in tokens):
+        return f"it has {shown(tokens)} for the tokens of {len(ids)} ids"
+    for name in tensors.keys() - {"ids"}:
+        rows = tensors[name]
+        if rows.dim() != 2 or len(rows) != len(ids):
+            return f"its {name} has the shape {shown(tuple(rows.shape))}, not one row for each of {len(ids)} ids"
+        if rows.dtype not in (torch.float32, torch.float64) or not rows.isfinite().all():
+            return f"its {name} holds what is no finite number of 32 or 64 bits"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------- the frozen numbers

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sid_sft.catalogue import Catalogue, Item
-from sid_sft.files import InputError, read_json
+from sid_sft.files import InputError, cut, read_json, shown
 from sid_sft.interactions import Row
 
 SEPARATOR = "\n"  # ends each item of a history; a title is one line, so no title holds a separator
@@ -87,13 +87,16 @@ def read_prompts(own: str | Path | dict[str, str] | None, category: str) -> dict
     where = "prompts"
     if isinstance(own, str | Path):
         where, own = str(own), read_json(Path(own), 'prompts like {"sid_sid": "Bought so far:\\n{history}"}')
-    own = {} if own is None else own
+    return check_prompts({} if own is None else own, category_name(category), where)
+
+
+def check_prompts(own: object, category: str, where: str) -> dict[str, str]:
+    """Task name -> template with the category's name filled in, of all tasks; InputError begins with `where`."""
     if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
         raise InputError(f"{where}: must map task names to templates, all strings")
     if unknown := own.keys() - PROMPTS.keys():
-        raise InputError(f"{where}: unknown task {min(unknown)!r}; the tasks are {', '.join(TASKS)}")
-    name_of_category = category_name(category)
-    templates = {name: text.replace("{category}", name_of_category) for name, text in {**PROMPTS, **own}.items()}
+        raise InputError(f"{where}: unknown task {shown(min(unknown))}; the tasks are {', '.join(TASKS)}")
+    templates = {name: text.replace("{category}", category) for name, text in {**PROMPTS, **own}.items()}
     for name, template in templates.items():
         check_template(f"{where}: {name!r}", template, TASKS[name])
     return templates
@@ -109,7 +112,7 @@ def check_template(where: str, template: str, task: Task) -> None:
     if task.rows != "items" and not template.endswith("{history}"):
         raise InputError(f"{where} must end with {{history}}: what is constant comes first, the history last")
     if unknown := set(re.findall(r"\{\w+\}", template)) - set(fields):
-        raise InputError(f"{where} has {min(unknown)}; expected only {', '.join(fields)} and {{category}}")
+        raise InputError(f"{where} has {cut(min(unknown))}; expected only {', '.join(fields)} and {{category}}")
 
 
 def render(task: Task, row: Row, catalogue: Catalogue, prompts: dict[str, str]) -> tuple[str, str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import TYPE_CHECKING
 
 from sid_sft.command_line import world_size
-from sid_sft.files import InputError, error_text
+from sid_sft.files import InputError, cut, error_text, shown
 from sid_sft.settings import BATCH_SIZE, TrainFlags, examples_per_step, intervals
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft.training_arguments")
 
 FULL_LEARNING_RATE = 3e-4
+POLYNOMIAL_END = 1e-7  # the learning rate at which transformers' polynomial schedule ends
 
 
 def training_arguments(flags: TrainFlags) -> TrainingArguments:
@@ -55,13 +57,41 @@ def training_arguments(flags: TrainFlags) -> TrainingArguments:
             load_best_model_at_end=evaluate,
             metric_for_best_model=flags.metric_for_best_model if evaluate else None,
             greater_is_better=flags.metric_for_best_model != "eval_loss" if evaluate else None,
-            report_to="wandb" if flags.wandb_project else flags.report_to,
+            report_to=reports_to(flags),
             run_name=flags.wandb_run_name or None,
             remove_unused_columns=False,
             average_tokens_across_devices=False,
         )
     except (ValueError, KeyError) as error:
         raise InputError(error_text(error)) from None
+
+
+def check_reports(flags: TrainFlags) -> None:
+    """InputError where what --report_to names is unknown or not installed."""
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    name = reports_to(flags)
+    try:
+        for report in get_reporting_integration_callbacks(name):
+            report()
+    except Exception as error:  # other people's code
+        raise InputError(f"--report_to {shown(name)}: {cut(error_text(error), 300)}") from None
+
+
+def reports_to(flags: TrainFlags) -> str:
+    return "wandb" if flags.wandb_project else flags.report_to
+
+
+def check_schedule(args: TrainingArguments, examples: int) -> None:
+    """InputError where transformers' polynomial schedule would divide by zero, or begin below its end."""
+    if args.lr_scheduler_type != "polynomial":
+        return
+    epochs = args.num_train_epochs * math.ceil(examples / (args.per_device_train_batch_size * world_size()))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs)
+    if args.warmup_steps == steps:
+        raise InputError(f"--warmup_steps {steps} is the whole run, and --lr_scheduler_type polynomial needs steps after it")
+    if args.learning_rate <= POLYNOMIAL_END:
+        raise InputError(f"--learning_rate {args.learning_rate:g} must be above {POLYNOMIAL_END:g}, where polynomial ends")
 
 
 def whole(steps: float) -> float | int:

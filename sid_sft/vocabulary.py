@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from sid_sft.catalogue import Catalogue
-from sid_sft.files import InputError, error_text
+from sid_sft.files import InputError, cut, error_text, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ logger = logging.getLogger("sft.vocabulary")
 
 FIRST_SPREAD = 0.3  # of the known rows' spread, for the first values of new rows: at the full spread a pretrained model's
 # first loss is that of confident guesses, and the first steps go into taking these back
+PLAIN_SEED = 42  # a row's generator gets the row's id alone with this seed, the default, and id and seed mixed with others
 
 
 def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
@@ -29,12 +30,14 @@ def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> lis
     roles = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     for token in tokens:
         if token in vocabulary and (token not in added or token in roles):
-            raise InputError(f"SID token {token!r} already means something else to the tokenizer; rename it in the index")
+            raise InputError(
+                f"SID token {shown(token)} already means something else to the tokenizer; rename it in the index"
+            )
     new = [token for token in tokens if token not in vocabulary]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
     for token in tokens:
         if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
-            raise InputError(f"SID token {token!r} is not one id after it was added; rename it in the index")
+            raise InputError(f"SID token {shown(token)} is not one id after it was added; rename it in the index")
     tell_inherited(tokenizer, [token for token in tokens if token in added])
     return tokenizer.convert_tokens_to_ids(new)
 
@@ -47,13 +50,13 @@ def tell_inherited(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> Non
     ]
     if special := [token for token, kind in kinds if kind.special]:
         logger.info(
-            f"{len(special)} SID tokens are special tokens of the base model, like {special[0]}, and train as they are; "
-            "who decodes must keep special tokens"
+            f"{len(special)} SID tokens are special tokens of the base model, like {cut(special[0])}, "
+            "and train as they are; who decodes must keep special tokens"
         )
     if stripping := [token for token, kind in kinds if kind.lstrip or kind.rstrip]:
         logger.info(
-            f"{len(stripping)} SID tokens of the base model, like {stripping[0]}, take the white space beside them (lstrip "
-            "or rstrip in its tokenizer.json): the model does not see the line ends there"
+            f"{len(stripping)} SID tokens of the base model, like {cut(stripping[0])}, take the white space beside them "
+            "(lstrip or rstrip in its tokenizer.json): the model does not see the line ends there"
         )
 
 
@@ -64,7 +67,7 @@ def assert_sids_round_trip(tokenizer: PreTrainedTokenizerBase, catalogue: Catalo
         encoded = tokenizer([lead + "".join(sid) for sid in sids], add_special_tokens=False)["input_ids"]
         for sid, ids in zip(sids, encoded, strict=True):
             if tuple(tokenizer.convert_ids_to_tokens(ids[-len(sid) :])) != sid or (not lead and len(ids) != len(sid)):
-                raise InputError(f"SID {''.join(sid)!r} does not survive the tokenizer; rename its tokens in the index")
+                raise InputError(f"SID {shown(''.join(sid))} does not survive the tokenizer; rename its tokens in the index")
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -113,19 +116,19 @@ def grow_embeddings(model: PreTrainedModel, vocab_size: int) -> None:
 def init_rows(model: PreTrainedModel, ids: list[int], known: int, seed: int) -> None:
     """Gives the rows of newly assigned ids the mean of the first `known` rows, plus noise of FIRST_SPREAD of their spread.
 
-    Each row is drawn for its own id, so it does not depend on which others are new.
+    Each row is drawn for its own id, so it does not depend on which others are new. A generator of torch takes 32 bits
+    for its seed, so id and seed are not set side by side in it, but mixed.
     """
     import torch
 
     from sid_sft.forward.architecture import tables_of
 
     known = min(known, min(ids, default=known))
+    mixed = (seed ^ PLAIN_SEED) * 0x9E3779B1 % 2**32  # odd, so another number for every seed of 32 bits
     with torch.no_grad():
         for number, weight in enumerate(tables_of(model).values()):
             old = weight[:known].float()
             mean, spread = old.mean(0).cpu(), old.std(0).cpu()
             for token_id in ids:
-                noise = torch.randn(
-                    len(mean), generator=torch.Generator().manual_seed((seed << 34) + (token_id << 1) + number)
-                )
+                noise = torch.randn(len(mean), generator=torch.Generator().manual_seed(mixed ^ ((token_id << 1) + number)))
                 weight[token_id] = (mean + FIRST_SPREAD * spread * noise).to(weight)

@@ -554,7 +554,7 @@ def test_half_an_emoji_is_one_line_and_a_whole_one_is_a_character(folder):
 @pytest.mark.parametrize("title", [True, ["Screws"], {"en": "Screws"}])
 def test_a_title_that_is_neither_text_nor_number_is_one_line(folder, title):
     path = toy.write_items(folder, {**toy.TITLES, "1": title})
-    assert one_error(catalogue_of, folder).startswith(f"{path}: item '1' has {str(title)!r} for a title; expected an item")
+    assert one_error(catalogue_of, folder).startswith(f"{path}: item '1' has {title!r} for a title; expected an item")
 
 
 def test_titles_that_hold_reserved_tokens_are_counted(folder, caplog):
@@ -709,6 +709,36 @@ def test_an_id_written_otherwise_than_in_the_index_is_read_where_one_item_can_be
     assert f"2 item ids are written otherwise than in the index and read as there ({written!r} as '5')" in caplog.text
 
 
+def test_a_cell_or_a_line_that_would_fill_the_memory_is_refused(folder, monkeypatch):
+    catalogue = catalogue_of(folder)
+    row = toy.csv_row("ann", "01", "2")
+    titles = lambda size: repr(["a" * (size - 9), "b"])  # noqa: E731 - one line of two quotes, brackets and a comma
+    path = toy.write_csv(folder / "long.csv", [{**row, "history_item_title": titles(2**20)}])
+    assert [row.item for row in read_rows(path, catalogue)] == [2]
+    toy.write_csv(path, [row, {**row, "history_item_title": titles(2**20 + 1)}])
+    message = one_error(read_rows, path, catalogue)
+    assert message.startswith(f"{path}:3: has a cell of more than 1,048,576 characters; shorten the history")
+    path.write_text(path.read_text().splitlines()[0] + '\n"' + "never closed\n" * 100_000)
+    assert "or look for a quote that is never closed" in one_error(read_rows, path, catalogue)
+    monkeypatch.setattr("sid_sft.files.LONGEST_LINE", 1000)
+    toy.write_csv(path, [row, {**row, "user_id": "a" * 1000}])
+    assert one_error(read_rows, path, catalogue).startswith(f"{path}:3: is a line of 1,000 bytes or more")
+
+
+def test_ids_and_numbers_of_thousands_of_digits_are_ids_that_no_item_has(folder):
+    catalogue = catalogue_of(folder)
+    row = toy.csv_row("ann", "01", "2")
+    for cell in ("[0, " + "9" * 4000 + "]", repr(["0", "9" * 5000]), repr(["0", "0x" + "F" * 5000])):
+        path = toy.write_csv(folder / "huge.csv", [{**row, "history_item_id": cell}])
+        assert [row.history for row in read_rows(path, catalogue)] == [(0,)]
+    for cell in ("[0, " + "9" * 5000 + "]", "[0, 0x" + "F" * 5000 + "]"):
+        path = toy.write_csv(folder / "huge.csv", [{**row, "history_item_id": cell}])
+        assert "is not a list literal" in one_error(read_rows, path, catalogue)
+    huge = read_catalogue(toy.write_index(folder, {"9" * 5000: ["<a_0>"], "1": ["<a_1>"]}), None)
+    path = toy.write_csv(folder / "huge.csv", [{**row, "history_item_id": "?"}])
+    assert "expected one like ['9999" in one_error(read_rows, path, huge)
+
+
 def test_the_text_of_an_id_decides_where_the_index_has_it_and_two_readings_are_refused(folder):
     sids = {"5": ["<a_0>"], "5.0": ["<a_1>"], "05": ["<a_2>"], "x": ["<a_3>"]}
     catalogue = read_catalogue(toy.write_index(folder, sids), None)
@@ -809,7 +839,7 @@ BAD_INDEXES = {
     "list": ("[]", "holds no items"),
     "no items": ("{}", "holds no items"),
     "text for a SID": ('{"0": "<a_0><b_0>"}', "item '0' has '<a_0><b_0>' for a SID"),
-    "no token": ('{"0": []}', "item '0' has '[]' for a SID"),
+    "no token": ('{"0": []}', "item '0' has [] for a SID"),
     "number": ('{"0": [7]}', "item '0' has the token 7"),
     "bare word": ('{"0": ["a_0"]}', "item '0' has the token 'a_0'"),
     "space": ('{"0": ["<a 0>"]}', "item '0' has the token '<a 0>'"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, byte_bpe, small_model
 from families import small_family
+from fuzzing import check_line
 from sklearn.metrics import ndcg_score
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -776,6 +778,97 @@ def test_what_a_user_can_mend_ends_in_one_line(store, caplog, case):
     assert error.startswith("evaluate.py: ")
     assert message in error
     assert "\n" not in error
+
+
+def in_file(name: str, *path: str, value: object):
+    """A change of a checkpoint: the value at a path of one of its JSON files."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        holder = content
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def content(name: str, write):
+    """A change of a checkpoint: the bytes of one of its files."""
+
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(write((folder / name).read_bytes()))
+
+    return change
+
+
+ODD_CHECKPOINTS = {
+    "prompts that are null": (content("prompts.json", lambda old: b"null"), "prompts.json: holds None; expected"),
+    "prompts that are a list": (in_file("prompts.json", "prompts", value=[]), "has [] for prompts"),
+    "a prompt that is a number": (in_file("prompts.json", "prompts", "sid_sid", value=5), "templates, all strings"),
+    "tasks in a list": (in_file("prompts.json", "tasks", value=[["sid_sid"]]), "has [['sid_sid']] for tasks"),
+    "tasks that are a number": (in_file("prompts.json", "tasks", value=5), "has 5 for tasks"),
+    "a category that is null": (in_file("prompts.json", "category", value=None), "has None for a category"),
+    "a size that is text": (in_file("config.json", "hidden_size", value="32"), "no config that loads"),
+    "a size below zero": (in_file("config.json", "vocab_size", value=-1), "no causal language model loads"),
+    "a size of its own": (
+        in_file("config.json", "intermediate_size", value=64),
+        "of another shape than its config",
+    ),
+    "a size that no memory holds": (
+        in_file("config.json", "vocab_size", value=10**12),
+        "a model of the sizes in its",
+    ),
+    "more layers than any": (
+        in_file("config.json", "num_hidden_layers", value=10**9),
+        "has 1000000000 for num_hidden",
+    ),
+    "a config that is a list": (content("config.json", lambda old: b"[]"), "no config that loads"),
+    "a tokenizer cut short": (content("tokenizer.json", lambda old: old[: len(old) // 2]), "no tokenizer that loads"),
+    "a tokenizer without a model": (in_file("tokenizer.json", "model", value=None), "no tokenizer that loads"),
+    "a length that is text": (in_file("tokenizer_config.json", "model_max_length", value="x"), "no tokenizer that loads"),
+    "weights cut short": (content("model.safetensors", lambda old: old[:-1]), "no causal language model loads"),
+    "weights that are none": (content("model.safetensors", lambda old: b"\xff" * 999), "no causal language model loads"),
+}
+
+
+@pytest.mark.parametrize("fault", ODD_CHECKPOINTS)
+def test_a_checkpoint_whose_files_hold_anything_else_ends_in_one_line(store, tmp_path, caplog, fault):
+    change, message = ODD_CHECKPOINTS[fault]
+    shutil.copytree(store / "model", tmp_path / "model")
+    change(tmp_path / "model")
+    output = tmp_path / "results"
+    assert evaluate.main(arguments_of(store, base_model=tmp_path / "model", output_dir=output)) == 2
+    (error,) = [record.getMessage() for record in caplog.records if record.name.startswith("sft") and record.levelno > 30]
+    assert message in error
+    check_line(error)
+    assert not output.exists()
+
+
+def test_titles_cannot_speak_to_the_terminal(store, tmp_path):
+    """Neither in the answer nor in the log nor in a refusal; what is trained on stays as it is."""
+    odd = "Mug \x1b]0;owned\x07 \x9b31m \u202e Jug"
+    items = json.loads((store / "X.item.json").read_text())
+    for item in items.values():
+        item["title"] = f"{odd} {item['title']}"
+    (tmp_path / "X.item.json").write_text(json.dumps(items))
+    for recommend, code in (("103", 0), (f"{odd} product", 2)):
+        flags = arguments_of(store, item_meta_path=tmp_path / "X.item.json", recommend=recommend)
+        done = subprocess.run(
+            [sys.executable, "evaluate.py", *flags],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            timeout=100,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        told = done.stdout.decode("ascii") if code == 0 else done.stderr.decode("ascii").splitlines()[-1]
+        assert r"Mug \x1b]0;owned\x07 \x9b31m \u202e Jug" in told
+        assert told.replace("\n", "").isprintable()
+    catalogue = read_catalogue(store / "X.index.json", tmp_path / "X.item.json")
+    assert catalogue.items[0].title.startswith(odd)
 
 
 @pytest.mark.parametrize("flags", [{}, {"recommend": "103"}], ids=["all rows", "recommend"])

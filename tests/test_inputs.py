@@ -223,7 +223,7 @@ def test_titles_that_cannot_be_had_are_counted_and_stop_the_tasks_that_need_them
     assert "item_sid_title: " in text
     items["3"]["title"] = ["Kettle"]
     path.write_text(json.dumps(items))
-    assert "item '3' has \"['Kettle']\" for a title" in refused(flags(item_meta_path=path), caplog)
+    assert "item '3' has ['Kettle'] for a title" in refused(flags(item_meta_path=path), caplog)
 
 
 # ---------------------------------------------------------------------------------------------- the model's limits

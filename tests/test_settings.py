@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
+import io
+import logging
 import os
 import re
 import subprocess
@@ -19,7 +22,8 @@ import evaluate
 import sft
 from sid_sft.command_line import About, command, convert, flag, flags_of, one_word_each, read_flags
 from sid_sft.files import InputError
-from sid_sft.settings import EvaluateFlags, TrainFlags, examples_per_step, intervals
+from sid_sft.settings import SCHEDULES, EvaluateFlags, TrainFlags, check_folder, examples_per_step, intervals
+from sid_sft.training_arguments import check_reports, check_schedule, training_arguments
 
 TRAIN_FLAGS = """
     base_model train_file eval_file sid_index_path item_meta_path preference_file output_dir category tasks prompts sample
@@ -156,7 +160,10 @@ def test_every_default_is_of_its_type_and_in_its_range(record):
 OUT_OF_RANGE = {
     "micro_batch_size": ("0", "at least 1"),
     "num_epochs": ("0", "above 0"),
-    "learning_rate": ("-0.1", "above 0"),
+    "learning_rate": ("1000", "above 0, at most 100"),
+    "weight_decay": ("101", "from 0 to 100"),
+    "seed": ("-1", "from 0 to 4294967295"),
+    "num_proc": ("1025", "from 1 to 1024"),
     "prefix_cache_gb": ("-1", "at least 0"),
     "cutoff_len": ("1", "at least 2"),
     "sample": ("0", "positive, or -1 for no limit"),
@@ -173,6 +180,82 @@ def test_a_number_out_of_its_range_is_refused(name):
     required = {"base_model": "a/b", "sid_index_path": __file__, "output_dir": "x"}
     with pytest.raises(InputError, match=f"--{name} {value} must be {words}"):
         read_flags(TrainFlags, {**required, name: value})
+
+
+@pytest.mark.parametrize("record", [TrainFlags, EvaluateFlags])
+def test_a_number_that_is_larger_than_any_run_could_use_is_refused(record):
+    for name, hint in typing.get_type_hints(record).items():
+        kind = (typing.get_args(hint) or (hint,))[0]
+        for value in ("4294967296", "-4294967296", 10**400, 10**5000) if kind in (int, float) else ():
+            with pytest.raises(InputError, match=f"--{name} .{{1,70}} is beyond 4294967295$"):
+                convert(name, value, hint)
+        if kind in (int, float):
+            with pytest.raises(InputError, match=f"--{name} '9{{57}}...' is no (finite|whole) number$"):
+                convert(name, "9" * 5000, hint)
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\ud800", "a\0b"])
+def test_a_text_that_no_file_could_hold_is_refused(text):
+    required = {"base_model": "a/b", "sid_index_path": __file__, "output_dir": "x"}
+    for name in ("category", "train_file", "output_dir"):
+        with pytest.raises(InputError, match=rf"--{name} '.*\\(udcff|ud800|x00).*' (is not UTF-8|holds a NUL byte)$"):
+            read_flags(TrainFlags, {**required, name: text})
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, fault in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "run", f"cannot be made, since {tmp_path / 'file'} is a file"),
+        (tmp_path / ("x" * 300), "has a name of more than 255 bytes"),
+    ):
+        with pytest.raises(InputError, match=rf"--output_dir /.*: {fault}; expected a folder to write into$"):
+            check_folder("output_dir", str(path))
+    with pytest.raises(InputError, match="--cache_dir ~no-such-user/x: there is no such user"):
+        check_folder("cache_dir", "~no-such-user/x")
+    for path in (tmp_path, tmp_path / "new" / "run"):
+        check_folder("output_dir", str(path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+# ---------------------------------------------------------------------------------------------- what transformers takes
+
+
+def test_a_schedule_without_steps_after_its_warm_up_is_refused_where_it_would_fail(tmp_path):
+    def check(**given):
+        flags = TrainFlags(output_dir=str(tmp_path), batch_size=4, **given)
+        check_schedule(training_arguments(flags), examples=10)
+
+    for given in ({"max_steps": 6, "warmup_steps": 6}, {"num_epochs": 2.5, "warmup_steps": 8}):
+        with pytest.raises(InputError, match=r"--warmup_steps [68] is the whole run, and --lr_scheduler_type polynomial"):
+            check(lr_scheduler_type="polynomial", **given)
+        check(lr_scheduler_type="cosine", **given)
+        check(lr_scheduler_type="polynomial", **{**given, "warmup_steps": 5})
+    with pytest.raises(InputError, match="--learning_rate 1e-08 must be above 1e-07"):
+        check(lr_scheduler_type="polynomial", learning_rate=1e-8)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_that_is_offered_is_one_of_transformers_and_needs_nothing_more(name):
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    assert get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=5) is not None
+
+
+def test_a_report_that_is_unknown_or_not_installed_is_told_before_the_work(monkeypatch):
+    with pytest.raises(InputError, match="--report_to 'foo': foo is not supported, only .*tensorboard"):
+        check_reports(TrainFlags(report_to="foo"))
+
+    def missing():
+        raise RuntimeError("needs a package\nthat is not installed")
+
+    monkeypatch.setattr(
+        "transformers.integrations.integration_utils.get_reporting_integration_callbacks", lambda name: [missing]
+    )
+    with pytest.raises(InputError, match="--report_to 'wandb': needs a package that is not installed$"):
+        check_reports(TrainFlags(wandb_project="x"))
 
 
 def test_a_choice_that_is_none_is_refused_with_the_choices():
@@ -233,6 +316,26 @@ def test_every_way_to_write_a_flag_says_the_same():
         assert said.pop() == expected
     assert run(listen, [*required, "--category", "a = b, --c"], program="listen.py") == 0
     assert said.pop().category == "a = b, --c"
+
+
+def test_a_file_that_cannot_be_written_ends_in_one_line(capsys, monkeypatch):
+    from sid_sft.command_line import run
+
+    def failing(error):
+        @command(EvaluateFlags)
+        def write(flags: EvaluateFlags) -> None:
+            """Write."""
+            raise error
+
+        return run(write, ["--base_model", "a/b", "--sid_index_path", __file__], program="write.py")
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(sys, "stderr", told := io.StringIO())
+    assert failing(PermissionError(errno.EACCES, "Permission denied", "x\x1b[2J.csv")) == 2
+    assert failing(OSError(errno.ENOSPC, "No space left on device")) == 2
+    assert told.getvalue().splitlines()[0].startswith("write.py: x\\x1b[2J.csv: Permission denied; ")
+    with pytest.raises(ConnectionResetError):
+        failing(ConnectionResetError(errno.ECONNRESET, "Connection reset"))
 
 
 def test_words_that_belong_to_no_flag_and_flags_given_twice_are_refused():

@@ -168,6 +168,61 @@ def test_a_broken_rows_file_is_named(tmp_path):
         apply_sid_rows(small_model("qwen2", 100), None, path)
 
 
+BROKEN_ROWS = {  # what is changed of a right file's tensors and metadata, and what is told
+    "no ids": ({"ids": None}, {}, "its tensors are"),
+    "no table": ({"embedding": None}, {}, "its tensors are"),
+    "a table that no model has": ({"other": torch.ones(4, 32)}, {}, "its tensors are"),
+    "one row for all": ({"embedding": torch.ones(1, 32)}, {}, r"the shape \(1, 32\), not one row for each of 4 ids"),
+    "a number for a row": ({"embedding": torch.ones(4)}, {}, r"the shape \(4,\)"),
+    "NaN": ({"embedding": torch.full((4, 32), torch.nan)}, {}, "no finite number"),
+    "whole numbers": ({"embedding": torch.ones(4, 32, dtype=torch.int32)}, {}, "no finite number of 32 or 64 bits"),
+    "ids twice": ({"ids": torch.tensor([5, 40, 40, 90])}, {}, "no ascending list"),
+    "ids below zero": ({"ids": torch.tensor([-5, 40, 41, 90])}, {}, "no ascending list"),
+    "ids that are no whole numbers": ({"ids": torch.tensor([5.0, 40, 41, 90])}, {}, "no ascending list"),
+    "no ids at all": ({"ids": torch.zeros(0, dtype=torch.int64), "embedding": torch.ones(0, 32)}, {}, "no ascending list"),
+    "tokens that are null": ({}, {"tokens": "null"}, "it has None for the tokens of 4 ids"),
+    "tokens in a list": ({}, {"tokens": '[["<a_0>", "<a_1>", "<b_0>", "<b_1>"]]'}, "for the tokens of 4 ids"),
+    "tokens nested too deep": ({}, {"tokens": "[" * 100_000}, "recursion"),
+    "a token too few": ({}, {"tokens": '["<a_0>", "<a_1>", "<b_0>"]'}, "for the tokens of 4 ids"),
+    "no tokens": ({}, {"tokens": None}, "it has None for the tokens"),
+    "no hash": ({}, {"base": None}, "no hash of a base"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_ROWS)
+def test_a_rows_file_that_no_run_wrote_is_refused_and_changes_nothing(fault, tmp_path):
+    model = small_model("qwen2", 100, tie_word_embeddings=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors, metadata, message = BROKEN_ROWS[fault]
+    right = {"ids": torch.tensor(IDS), "embedding": torch.ones(4, 32)}, {"tokens": json.dumps(TOKENS), "base": "0" * 24}
+    tensors, metadata = ({**old, **new} for old, new in zip(right, (tensors, metadata), strict=True))
+    path = tmp_path / ROWS_FILE
+    save_file(
+        {name: value for name, value in tensors.items() if value is not None},
+        path,
+        metadata={name: value for name, value in metadata.items() if value is not None},
+    )
+    with pytest.raises(InputError, match=message):
+        apply_sid_rows(model, None, path)
+    with pytest.raises(InputError, match="is not a rows file"):
+        SidRows(model, IDS, TOKENS).load(path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_rows_file_cut_short_or_of_another_width_is_refused(tmp_path):
+    model = small_model("qwen2", 100, tie_word_embeddings=True)
+    path = tmp_path / ROWS_FILE
+    SidRows(small_model("qwen2", 100, tie_word_embeddings=True, hidden_size=16, head_dim=4), IDS, TOKENS).save(
+        path, "0" * 24
+    )
+    with pytest.raises(InputError, match=r"those of another model \(tables and widths {'embedding': 16}, this one's"):
+        apply_sid_rows(model, None, path)
+    for size in (0, 7, 100, path.stat().st_size - 1):
+        (tmp_path / "short").write_bytes(path.read_bytes()[:size])
+        with pytest.raises(InputError, match="is not a rows file"):
+            apply_sid_rows(model, None, tmp_path / "short")
+
+
 def test_the_hash_of_a_base_knows_its_weights_but_not_their_dtype_or_the_sid_rows():
     model = small_model("qwen2", 100, tie_word_embeddings=True).to(torch.bfloat16)
     digest = base_hash(model, 40)
@@ -214,6 +269,19 @@ def test_a_row_s_first_value_depends_on_its_own_id_alone():
     sft.init_rows(first, [60, 61, 62], known=50, seed=1)
     sft.init_rows(second, [60, 62], known=50, seed=1)
     assert torch.equal(first.get_input_embeddings().weight[62], second.get_input_embeddings().weight[62])
+
+
+def test_every_seed_that_a_flag_takes_gives_first_values_of_its_own():
+    seeds = [0, 1, 42, 2**29, 2**30 - 1, 2**30, 2**30 + 42, 1764000000, 2**31, 2**32 - 1]
+    drawn = []
+    for seed in seeds:
+        model = small_model("qwen2", 100)
+        sft.init_rows(model, [60], known=50, seed=seed)
+        drawn.append(model.get_input_embeddings().weight[60].detach())
+    assert len({tuple(row.tolist()) for row in drawn}) == len(seeds)
+    old = small_model("qwen2", 100).get_input_embeddings().weight[:50]
+    noise = torch.randn(32, generator=torch.Generator().manual_seed(60 << 1))
+    torch.testing.assert_close(drawn[2], old.mean(0) + 0.3 * old.std(0) * noise)
 
 
 def test_embeddings_grow_and_never_shrink():

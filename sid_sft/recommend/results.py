@@ -135,7 +135,7 @@ def write_results(
     shown = sampled(list(range(len(rows))), flags.examples, flags.seed) if flags.examples else []
     for number, i in enumerate(shown, start=1):
         words = in_words(rows[i], recommended.sid[i], recommended.score[i], catalogue, table, truth=True)
-        tell("\n".join([f"Example {number} of {len(shown)}: user {rows[i].user}", *words]))
+        tell([f"Example {number} of {len(shown)}: user {rows[i].user}", *words])
     logger.info(f"Wrote metrics.json and predictions.jsonl to {folder}; the picture is {folder / 'recommendations.png'}")
 
 
