@@ -15,6 +15,7 @@ logger = logging.getLogger("sft.vocabulary")
 
 FIRST_SPREAD = 0.3  # of the known rows' spread, for the first values of new rows: at the full spread a pretrained model's
 # first loss is that of confident guesses, and the first steps go into taking these back
+MOST_GAPS = 1_000_000  # ids without a token; the tokenizers of large models have some thousands
 PLAIN_SEED = 42  # a row's generator gets the row's id alone with this seed, the default, and id and seed mixed with others
 
 
@@ -71,8 +72,17 @@ def assert_sids_round_trip(tokenizer: PreTrainedTokenizerBase, catalogue: Catalo
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many rows the ids of a tokenizer need; more than it has tokens where its ids have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
+    """How many rows the ids of a tokenizer need; more than it has tokens where its ids have gaps.
+
+    InputError where so many of them would be of no token that a broken file must have made them.
+    """
+    ids = tokenizer.get_vocab().values()
+    if max(ids) > len(ids) + MOST_GAPS:
+        raise InputError(
+            f"--base_model: its tokenizer has {len(ids):,} tokens, but ids up to {max(ids):,}, which would all get a row; "
+            "mend its tokenizer.json"
+        )
+    return max(ids) + 1
 
 
 def ids_to_fill(

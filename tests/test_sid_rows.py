@@ -1,6 +1,7 @@
 """Only the SID rows move, every other number is bit-equal, and the rows travel alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sid_sft.checkpoint import apply_sid_rows
 from sid_sft.files import InputError
 from sid_sft.forward.architecture import tables_of
 from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, SidRows, base_hash, differing_values
+from sid_sft.vocabulary import vocabulary_size
 
 IDS = [5, 40, 41, 90]
 TOKENS = ["<a_0>", "<a_1>", "<b_0>", "<b_1>"]
@@ -290,6 +292,21 @@ def test_embeddings_grow_and_never_shrink():
     assert model.get_input_embeddings().weight.shape[0] == 100
     sft.grow_embeddings(model, 130)
     assert model.get_input_embeddings().weight.shape[0] == 130 == model.config.vocab_size
+
+
+def test_a_tokenizer_whose_ids_would_need_rows_beyond_all_memory_is_refused(base, tmp_path):
+    for last, fits in ((5000, True), (2**31 - 1, False)):
+        shutil.copytree(base, tmp_path / str(last))
+        path = tmp_path / str(last) / "tokenizer.json"
+        content = json.loads(path.read_text())
+        content["model"]["vocab"]["far"] = last
+        path.write_text(json.dumps(content))
+        tokenizer = sft.load_tokenizer(str(tmp_path / str(last)), trust_remote_code=False)
+        if fits:
+            assert vocabulary_size(tokenizer) == last + 1
+        else:
+            with pytest.raises(InputError, match=r"its tokenizer has \d+ tokens, but ids up to 2,147,483,647"):
+                vocabulary_size(tokenizer)
 
 
 def test_a_grown_catalogue_appends_and_leaves_old_ids_alone(base):
