@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import fire
 
-from sid_sft.files import InputError
+from sid_sft.files import FaultHere, InputError
 
 logger = logging.getLogger("sft.command_line")
 
@@ -202,7 +202,10 @@ def help_lines(record: type) -> str:
 
 
 def run(function: Callable[..., None], arguments: list[str], *, program: str) -> int:
-    """Runs a command line; returns the exit code. What a user can mend ends in one line, which rank 0 writes."""
+    """Runs a command line; returns the exit code. What a user can mend ends in one line, which rank 0 writes.
+
+    A FaultHere is written by the process that met it.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sft").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     try:
@@ -211,7 +214,7 @@ def run(function: Callable[..., None], arguments: list[str], *, program: str) ->
         words = one_word_each(function, arguments)
         fire.Fire(fire.decorators.SetParseFn(str)(function), command=words, name=program)
     except InputError as error:
-        if rank() == 0:
+        if rank() == 0 or isinstance(error, FaultHere):
             logger.error(str(error) if str(error).startswith(program) else f"{program}: {error}")
         return 2
     return 0
@@ -248,6 +251,17 @@ def world_size() -> int:
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def quiet_other_ranks() -> None:
+    """Of the libraries, too, only rank 0 speaks, and of their warnings none."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if rank() > 0:
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
 
 
 def tell(text: str) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sid_sft.files import InputError
+from sid_sft.files import InputError, follow_umask
 from sid_sft.forward.architecture import tables_of
 
 ROWS_FILE = "sid_rows.safetensors"
@@ -106,6 +106,7 @@ class SidRows:
         tensors = {table.name: table.master.detach().cpu().contiguous() for table in self.tables}
         metadata = {"tokens": json.dumps(self.tokens), "base": base_hash}
         save_file({"ids": self.ids.cpu(), **tensors}, path, metadata=metadata)
+        follow_umask(path)
 
 
 class SidRowAdamW(torch.optim.AdamW):
