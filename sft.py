@@ -189,6 +189,7 @@ def fine_tune(
         rows=rows,
         base_hash=base_hash(model, int(rows.ids[0])) if rows else "",
         micro_batch_size=flags.micro_batch_size,
+        auto_micro_batch=flags.auto_micro_batch,
         group_by_length=flags.group_by_length,
         group_users=flags.group_users,
         frozen_prefix=flags.frozen_prefix,

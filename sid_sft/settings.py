@@ -126,6 +126,10 @@ class TrainFlags:
         if_unset=f"{BATCH_SIZE}, or the next larger multiple",
     )
     micro_batch_size: int = flag(4, "examples per forward pass of one process; smaller needs less memory", at_least(1))
+    auto_micro_batch: bool = flag(
+        False,
+        "halve micro_batch_size where memory does not suffice, and compute that step again; the steps keep their examples",
+    )
     learning_rate: float | None = flag(
         None,
         "peak learning rate",
@@ -350,8 +354,6 @@ def check_places(flags: TrainFlags) -> None:
         raise InputError(
             f"--prefix_cache_in {flags.prefix_cache_in}: is neither device nor host, and there is no such folder"
         )
-    if Path(flags.output_dir).is_file():
-        raise InputError(f"--output_dir {flags.output_dir}: is a file")
     resume = flags.resume_from_checkpoint
     if resume.lower() == "true" and not any(Path(flags.output_dir).glob("checkpoint-*")):
         raise InputError(f"--resume_from_checkpoint True, but {flags.output_dir} has no checkpoint")
@@ -376,5 +378,3 @@ def check_evaluating(flags: EvaluateFlags) -> None:
     check_base_model(flags.base_model)
     if not flags.recommend and not flags.test_file:
         raise InputError("--test_file is missing")
-    if (folder := results_folder(flags)).is_file():
-        raise InputError(f"--output_dir {folder}: is a file")

@@ -11,8 +11,9 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
-from sid_sft.files import InputError
-from sid_sft.forward.choose import Forward, choose_forward
+from sid_sft.faults import fitted
+from sid_sft.files import FaultHere, InputError, follow_umask
+from sid_sft.forward.choose import Forward, agreed, choose_forward
 from sid_sft.forward.examples import Examples
 from sid_sft.private_doors import ResumesFromOwnFiles, closed_doors, installed
 from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, SidRows
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft.trainer")
 
+Result = TypeVar("Result")
+
 NEVER = torch.iinfo(torch.int64).max  # no step of any run
 
 
@@ -49,6 +53,12 @@ class LogLines(ProgressCallback):
             numbers = ", ".join(f"{name} {readable(value, 4)}" for name, value in logs.items() if name != "epoch")
             with logging_redirect_tqdm([logging.getLogger()]):
                 logger.info(f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.2f}: {numbers}")
+
+    def close(self) -> None:
+        """Ends the bars of a run that ends before its last step, so that nothing is drawn after its last line."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
 
 
 class SidTrainer(ResumesFromOwnFiles, Trainer):
@@ -64,6 +74,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         rows: SidRows | None,
         base_hash: str,
         micro_batch_size: int,
+        auto_micro_batch: bool,
         group_by_length: bool,
         group_users: bool,
         frozen_prefix: bool,
@@ -74,9 +85,11 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     ) -> None:
         super().__init__(**settings)
         self.rows, self.base_hash, self.micro_batch_size = rows, base_hash, micro_batch_size
+        self.auto_micro_batch = auto_micro_batch
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(LogLines())
+        self.log_lines = LogLines()
+        self.add_callback(self.log_lines)
         examples = Examples(self.train_dataset)
         self.sampler = StepSampler(
             examples,
@@ -85,17 +98,21 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             group_by_length=group_by_length,
             group_users=group_users,
         )
-        self.forward = choose_forward(
-            self.model,
-            rows,
-            examples,
-            micro_batch_size,
-            frozen_prefix=frozen_prefix,
-            cache_bytes=cache_bytes,
-            cache_place=cache_place,
-            group_users=group_users,
-        )
-        self.eval_forward = None
+        self.forward = self.eval_forward = None
+
+        def choose() -> Forward:
+            return choose_forward(
+                self.model,
+                rows,
+                examples,
+                self.micro_batch_size,
+                frozen_prefix=frozen_prefix,
+                cache_bytes=cache_bytes,
+                cache_place=cache_place,
+                group_users=group_users,
+            )
+
+        self.forward = self.fitting(choose, "when a forward was tried")
         if self.eval_dataset is not None:
             self.eval_forward = self.forward.for_evaluation(Examples(self.eval_dataset))
         # A step's gradients are summed here, once. A model that is prepared as if for evaluation gets no wrapper that would
@@ -122,16 +139,9 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         """
         started = time.monotonic()
         self.model.train(self.rows is None)
-        for parameter in self.trained():  # the Trainer clears the model's own gradients only
-            parameter.grad = None
         labels = int(self.forward.examples.labels[inputs].sum())
-        total = torch.zeros((), device=self.args.device)
-        for part in self.own_share(self.forward, inputs):
-            with self.accelerator.autocast():
-                nll = self.forward.nll(part)
-            (nll.sum() / labels).backward()
-            self.task_sums[:, 0] += nll.detach()
-            total += nll.detach().sum()
+        of_tasks, total = self.fitting_gradients(inputs, labels)
+        self.task_sums[:, 0] += of_tasks
         step = self.state.global_step + 1
         self.bad_step = torch.where(total.isfinite(), self.bad_step, self.bad_step.clamp(max=step))
         self.sum_gradients()
@@ -141,6 +151,55 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.tokens_seen += int(self.forward.examples.length[inputs].sum())
         self.train_s += time.monotonic() - started
         return total / labels * self.args.world_size
+
+    def fitting(self, compute: Callable[[], Result], where: str) -> Result:
+        """What `compute` gives, in micro-batches for which memory suffices: smaller ones are tried where it does not.
+
+        The run goes on with them if it may (--auto_micro_batch), and otherwise ends with the size that it needs.
+        """
+        before, everywhere = self.micro_batch_size, agreed if self.auto_micro_batch else None
+        found, size = fitted(compute, before, self.resize, agreed=everywhere)
+        if size < before:
+            short = f"out of memory {where} with --micro_batch_size {before}"
+            if not self.auto_micro_batch:
+                raise FaultHere(f"{short}; {size} fits there (--auto_micro_batch True finds it by itself)")
+            logger.info(f"{short}: that was computed again, and the run goes on, with {size}")
+        return found
+
+    def resize(self, micro_batch_size: int) -> None:
+        """Cuts steps and evaluations into micro-batches of another size from now on."""
+        self.micro_batch_size = micro_batch_size
+        for forward in (self.forward, self.eval_forward):
+            if forward is not None:
+                forward.resize(micro_batch_size)
+
+    def fitting_gradients(self, inputs: np.ndarray, labels: int) -> tuple[Tensor, Tensor]:
+        """`gradients` of a step, with the same dropout in each attempt."""
+        random = torch.get_rng_state()
+        on_device = torch.cuda.get_rng_state() if self.args.device.type == "cuda" else None
+
+        def compute() -> tuple[Tensor, Tensor]:
+            torch.set_rng_state(random)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device)
+            return self.gradients(inputs, labels)
+
+        return self.fitting(compute, f"in step {self.state.global_step + 1}")
+
+    def gradients(self, inputs: np.ndarray, labels: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of this process's micro-batches of a step; -log p per task (len(TASKS),), and of all."""
+        own = [weight for _, weight, _ in self.rows.tables] if self.rows is not None else []
+        for parameter in [*self.trained(), *own]:  # the Trainer clears neither masters nor what a failed attempt left
+            parameter.grad = None
+        of_tasks = torch.zeros_like(self.task_sums[:, 0])
+        total = torch.zeros((), device=self.args.device)
+        for part in self.own_share(self.forward, inputs):
+            with self.accelerator.autocast():
+                nll = self.forward.nll(part)
+            (nll.sum() / labels).backward()
+            of_tasks += nll.detach()
+            total += nll.detach().sum()
+        return of_tasks, total
 
     def own_share(self, forward: Forward, indices: np.ndarray) -> list[np.ndarray]:
         """This process's micro-batches of the examples."""
@@ -297,7 +356,10 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.resumes = bool(resume_from_checkpoint) and self.rows is not None
         if self.resumes and (closed := closed_doors("Trainer")):
             raise InputError(closed[0])
-        output = super().train(resume_from_checkpoint, **settings)
+        try:
+            output = super().train(resume_from_checkpoint, **settings)
+        finally:
+            self.log_lines.close()
         best = self.state.best_model_checkpoint
         if best is not None and self.args.load_best_model_at_end:
             self.load_weights(Path(best))
@@ -309,6 +371,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.stop_unless_finite(weights=True)
         if self.rows is None:
             super().save_model(output_dir, **settings)
+            if self.args.should_save:
+                follow_umask(Path(output_dir or self.args.output_dir))
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
