@@ -36,11 +36,10 @@ def disk_fault(error: BaseException) -> str | None:
     """Why a file could not be written, "No space left on device"; None where the error is another one."""
     if isinstance(error, OSError):
         return error_text(error) if error.errno in NOT_WRITTEN else None
-    if type(error).__name__ == "SafetensorError":
-        number = re.search(r"os error (\d+)", str(error))
-        return os.strerror(int(number[1])) if number and int(number[1]) in NOT_WRITTEN else None
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors and tokenizers, which are written in Rust
+        return os.strerror(int(number[1])) if int(number[1]) in NOT_WRITTEN else None
     if isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container", str(error)):
-        return "the file was not written whole"  # torch.save tells no more
+        return "torch could not write a file whole"  # it tells no more
     return None
 
 

@@ -73,6 +73,8 @@ def test_a_disk_that_fails_is_known_in_all_its_words():
     assert disk_fault(OSError(errno.ENOSPC, "No space left on device", "x")) == "No space left on device"
     assert disk_fault(SafetensorError("Error while serializing: I/O error: ... (os error 28)")) == "No space left on device"
     assert disk_fault(SafetensorError("invalid header")) is None
+    assert disk_fault(Exception("No space left on device (os error 28)")) == "No space left on device"  # tokenizers
+    assert disk_fault(Exception("No such file or directory (os error 2)")) is None
     assert disk_fault(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")) is not None
 
 

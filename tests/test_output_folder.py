@@ -219,10 +219,16 @@ def whole(folder: Path) -> list[str]:
     return [path.name for path in found]
 
 
-@pytest.mark.parametrize(
-    ("freeze", "room", "kept"), [(False, 700_000, ["checkpoint-3"]), (True, 330_000, ["checkpoint-3", "checkpoint-6"])]
-)
-def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_where_there_is_room(freeze, room, kept, flags, tmp_path):
+FILLS_UP = {
+    "a checkpoint": (False, 700_000, ["checkpoint-3"]),
+    "the final tokenizer": (True, 240_000, ["checkpoint-3", "checkpoint-6"]),
+    "the final model": (True, 200_000, ["checkpoint-3", "checkpoint-6"]),
+}
+
+
+@pytest.mark.parametrize("name", FILLS_UP)
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_where_there_is_room(name, flags, tmp_path):
+    freeze, room, kept = FILLS_UP[name]
     changes = {"freeze_LLM": freeze, "eval_file": None}
     with small_disk(tmp_path / "disk", room) as disk:
         output = disk / "run"
