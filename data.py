@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sid_sft.catalogue import Catalogue, Item, read_catalogue, read_index
-from sid_sft.dataset_cache import CACHE_DIR, CACHE_FORMAT, Source, open_dataset, write_dataset
+from sid_sft.dataset_cache import CACHE_DIR, CACHE_FORMAT, Source, cached_folder, open_dataset, write_dataset
 from sid_sft.encoding import Encoder, tokenizer_hash
-from sid_sft.files import InputError, content_hash, error_text, file_hash, whole_folder
+from sid_sft.files import InputError, content_hash, file_hash
 from sid_sft.interactions import CSV_COLUMNS, MAX_LEFT_OUT, Row, read_preferences, read_rows
 from sid_sft.tasks import DEFAULT_TASKS, PROMPTS, TASKS, read_prompts, render
 
@@ -92,10 +92,8 @@ def build_dataset(
     for each task. InputError where a larger share of the rows than `max_left_out` gives no example.
 
     The folder, such as cache_dir/7f105a443f04eb33e79091eb, is named by a hash of everything that decides its content.
-    The first process of a node writes it; the others wait and then open the same files.
+    See `cached_folder` for what happens where it is damaged, in use by another process, or may not be written.
     """
-    from filelock import FileLock
-
     names = [task.name for task in TASKS.values() if task.group in tasks]
     key = content_hash(
         CACHE_FORMAT,
@@ -110,25 +108,21 @@ def build_dataset(
         seed,
         max_left_out,  # decides no id, but whether there is a dataset at all
     )
-    folder = Path(cache_dir) / key
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{cache_dir}: cannot be made ({error_text(error)}); choose another --cache_dir") from None
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=cutoff_len)
-            with whole_folder(folder) as scratch:
-                write_dataset(
-                    scratch,
-                    source,
-                    names,
-                    encoder,
-                    sample=sample,
-                    seed=seed,
-                    max_left_out=max_left_out,
-                    num_proc=num_proc,
-                )
+
+    def write(folder: Path) -> None:
+        encoder = Encoder(tokenizer, catalogue, prompts, cutoff_len=cutoff_len)
+        write_dataset(
+            folder,
+            source,
+            names,
+            encoder,
+            sample=sample,
+            seed=seed,
+            max_left_out=max_left_out,
+            num_proc=num_proc,
+        )
+
+    folder = cached_folder(Path(cache_dir), key, write)
     return open_dataset(folder, cutoff_len, max_left_out)
 
 

@@ -10,6 +10,7 @@ rows -> prompts (the checkpoint's wording) -> constrained beams -> ranked SIDs -
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -31,12 +32,16 @@ from sid_sft.checkpoint import (
     read_wording,
 )
 from sid_sft.command_line import command, rank, run, tell, world_size
+from sid_sft.faults import memory_in_one_line
 from sid_sft.files import InputError, cut, one_line, shown
+from sid_sft.finite import check_finite
+from sid_sft.flag_checks import check_evaluating
 from sid_sft.interactions import Row, read_rows
+from sid_sft.output_folder import OutputFolder
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
 from sid_sft.recommend.ranking import item_popularity, sid_table
-from sid_sft.recommend.results import free_rows, in_words, short, write_results
-from sid_sft.settings import EvaluateFlags, check_evaluating, results_folder
+from sid_sft.recommend.results import RESULT_FILES, free_rows, in_words, short, write_results
+from sid_sft.settings import EvaluateFlags, results_folder
 from sid_sft.tasks import DEFAULT_TASKS, TASKS, category_name, read_prompts
 
 if TYPE_CHECKING:
@@ -51,6 +56,9 @@ def evaluate(flags: EvaluateFlags) -> None:
     """Measure how well a checkpoint recommends, or ask it for recommendations."""
     check_evaluating(flags)
     flags = dataclasses.replace(flags, output_dir=str(results_folder(flags)))
+    outputs = OutputFolder(Path(flags.output_dir), RESULT_FILES)
+    if not flags.recommend:
+        outputs.check()
     catalogue = read_catalogue(Path(flags.sid_index_path), Path(flags.item_meta_path) if flags.item_meta_path else None)
     wording = wording_of(flags)
     task = task_of(flags, wording)
@@ -62,7 +70,22 @@ def evaluate(flags: EvaluateFlags) -> None:
     train = rows_of(flags.train_file, catalogue, flags) if flags.train_file else []
     positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
     cutoff_len = fit_cutoff(flags.cutoff_len, positions and positions - beams_beyond(catalogue))
+    writes = rank() == 0 and not flags.recommend
+    cure = f"try --batch_size {max(1, flags.batch_size // 2)} or fewer --num_beams"
+    with outputs.held("evaluate.py") if writes else contextlib.nullcontext(), memory_in_one_line(cure):
+        recommend_and_measure(flags, catalogue, wording.prompts, task, rows, train, cutoff_len)
 
+
+def recommend_and_measure(
+    flags: EvaluateFlags,
+    catalogue: Catalogue,
+    prompts: dict[str, str],
+    task: str,
+    rows: list[Row],
+    train: list[Row],
+    cutoff_len: int,
+) -> None:
+    """Recommends for the rows, and tells what was found: in words with --recommend, as metrics and files otherwise."""
     import torch
     import transformers
 
@@ -76,12 +99,13 @@ def evaluate(flags: EvaluateFlags) -> None:
     model = load_model(flags.base_model, trust_remote_code=flags.trust_remote_code)
     if device.type == "cpu":
         model = model.float()  # what a bf16 file holds is exact in float32, and CPUs are no faster at less
+    check_finite(model, f"--base_model {flags.base_model}")
     check_rows_of(model, tokenizer, catalogue, flags)
     model.to(device).eval()
     evaluator = Evaluator(
         tokenizer,
         catalogue,
-        wording.prompts,
+        prompts,
         rows,
         task=task,
         num_beams=flags.num_beams,

@@ -20,22 +20,27 @@ from sid_sft.catalogue import Catalogue, read_catalogue, read_index
 from sid_sft.checkpoint import (
     apply_sid_rows,
     beams_beyond,
+    bytes_to_write,
     fit_cutoff,
     load_model,
     load_tokenizer,
     model_positions,
     save_final,
 )
-from sid_sft.command_line import command, rank, run
+from sid_sft.command_line import command, quiet_other_ranks, rank, run
 from sid_sft.dataset_cache import Source
+from sid_sft.faults import memory_in_one_line
 from sid_sft.files import InputError
+from sid_sft.finite import check_finite
+from sid_sft.flag_checks import check_training
 from sid_sft.freezing import rows_learning_rate, tell_what_trains, turn_dropout_off
 from sid_sft.interactions import read_rows
 from sid_sft.interruption import StopSignals
+from sid_sft.output_folder import STATE_FILE, OutputFolder
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
 from sid_sft.resuming import resume_point, what_decides
-from sid_sft.run_report import REPORT_FILE, model_card, write_run_report
-from sid_sft.settings import CACHE_DIR, TrainFlags, check_training
+from sid_sft.run_report import CURVES_FILE, REPORT_FILE, model_card, write_run_report
+from sid_sft.settings import CACHE_DIR, TrainFlags
 from sid_sft.tasks import TASKS, read_prompts
 from sid_sft.training_arguments import check_reports, check_schedule, compute_dtype, training_arguments
 from sid_sft.vocabulary import (
@@ -116,17 +121,30 @@ def freeze_llm(model: PreTrainedModel, ids: list[int], tokens: list[str]) -> Sid
 @command(TrainFlags)
 def train(flags: TrainFlags) -> None:
     """Fine-tune a causal language model to write the semantic ID of the item that a user will want next."""
-    with StopSignals() as signals:
-        train_until_stopped(flags, signals)
-
-
-def train_until_stopped(flags: TrainFlags, signals: StopSignals) -> None:
     started = time.monotonic()
     check_training(flags)
+    files, folders = (REPORT_FILE, CURVES_FILE, STATE_FILE), ("final_checkpoint", "checkpoint-*")
+    outputs = OutputFolder(Path(flags.output_dir), files, folders)
+    outputs.check()
     catalogue = read_catalogue(Path(flags.sid_index_path), optional_path(flags.item_meta_path))
     wording = read_prompts(optional_path(flags.prompts), flags.category)
     check_first_rows(flags, catalogue)
+    writes = rank() == 0 and not flags.check
+    cure = f"try --micro_batch_size {max(1, flags.micro_batch_size // 2)} or a smaller --prefix_cache_gb"
+    holding = outputs.held("sft.py") if writes else contextlib.nullcontext()
+    with StopSignals() as signals, holding, outputs.writing(), memory_in_one_line(cure):
+        fine_tune(flags, catalogue, wording, outputs, signals, started)
 
+
+def fine_tune(
+    flags: TrainFlags,
+    catalogue: Catalogue,
+    wording: dict[str, str],
+    outputs: OutputFolder,
+    signals: StopSignals,
+    started: float,
+) -> None:
+    """The run itself, from the tokens to the final checkpoint. started: of time.monotonic(), for the log."""
     import torch
     import transformers
 
@@ -151,6 +169,7 @@ def train_until_stopped(flags: TrainFlags, signals: StopSignals) -> None:
     args = training_arguments(flags)
     check_schedule(args, len(train_data))
     model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code)
+    check_finite(model, f"--base_model {flags.base_model}")
     base_dtype = model.dtype
     known_rows = min(known_tokens, len(model.get_input_embeddings().weight))
     rows_to_fill = ids_to_fill(model, tokenizer, tokens, new_ids)
@@ -170,6 +189,8 @@ def train_until_stopped(flags: TrainFlags, signals: StopSignals) -> None:
         logger.info("--check: everything was read and nothing was trained")
         return
 
+    if rank() == 0:
+        outputs.check_room(*bytes_to_write(model, rows, base_dtype))
     base = base_hash(model, min(tokenizer.convert_tokens_to_ids(tokens)))
     resumed, decides = resume_point(flags, lambda: what_decides(flags, base, tokens))
     trainer = SidTrainer(
@@ -181,6 +202,7 @@ def train_until_stopped(flags: TrainFlags, signals: StopSignals) -> None:
         rows=rows,
         base_hash=base,
         micro_batch_size=flags.micro_batch_size,
+        auto_micro_batch=flags.auto_micro_batch,
         group_by_length=flags.group_by_length,
         group_users=flags.group_users,
         frozen_prefix=flags.frozen_prefix,
@@ -215,17 +237,6 @@ def check_first_rows(flags: TrainFlags, catalogue: Catalogue) -> None:
         if path:
             with contextlib.closing(read_rows(Path(path), catalogue, max_left_out=flags.max_left_out)) as rows:
                 next(rows, None)
-
-
-def quiet_other_ranks() -> None:
-    """Only rank 0 speaks."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    if rank() > 0:
-        datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
 
 
 def datasets_of(

@@ -235,6 +235,15 @@ def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
             weight[saved.ids] = saved.rows[name].to(weight)
 
 
+def bytes_to_write(model: PreTrainedModel, rows: SidRows | None, base_dtype: torch.dtype) -> tuple[int, int]:
+    """How many bytes one checkpoint of a run and its final model take, but for small files. rows: all that trains, or None.
+
+    A checkpoint has what trains in float32 (in freeze mode twice, as rows and as masters), and two moments of it.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return (12 * total if rows is None else 16 * rows.numbers), total * base_dtype.itemsize
+
+
 def save_final(
     flags: TrainFlags,
     model: PreTrainedModel,

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import fire
 
-from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, plain, shown
+from sid_sft.files import LONGEST_PATH, FaultHere, InputError, cut, error_text, plain, shown
 
 logger = logging.getLogger("sft.command_line")
 
@@ -228,6 +228,7 @@ def run(function: Callable[..., None], arguments: list[str], *, program: str) ->
     """Runs a command line; returns the exit code. What a user can mend ends in one line, which rank 0 writes.
 
     0: all is well; 2: what was given cannot be used; 130, 143, 129: stopped by Ctrl-C, SIGTERM, SIGHUP.
+    A FaultHere is written by the process that met it.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainLines())
@@ -239,7 +240,7 @@ def run(function: Callable[..., None], arguments: list[str], *, program: str) ->
         words = one_word_each(function, arguments)
         fire.Fire(fire.decorators.SetParseFn(str)(function), command=words, name=program)
     except InputError as error:
-        if rank() == 0:
+        if rank() == 0 or isinstance(error, FaultHere):
             logger.error(str(error) if str(error).startswith(program) else f"{program}: {error}")
         return 2
     except OSError as error:
@@ -286,6 +287,17 @@ def world_size() -> int:
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def quiet_other_ranks() -> None:
+    """Of the libraries, too, only rank 0 speaks, and of their warnings none."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if rank() > 0:
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
 
 
 class PlainLines(logging.Formatter):

@@ -3,6 +3,10 @@
     read_json(Path("X.index.json"), "an index")  -> InputError "X.index.json: is empty; expected an index"
     with whole_folder(Path("final_checkpoint")) as scratch:    # final_checkpoint.tmp, renamed when the block ends well
         model.save_pretrained(scratch)
+    with whole_file(Path("metrics.json")) as scratch:          # metrics.json.tmp, likewise
+        scratch.write_text("{}")
+
+What is written so follows the umask, whoever wrote it: safetensors gives its files to their owner alone.
 
 The lowest module of sid_sft: it imports no other.
 """
@@ -15,6 +19,7 @@ import json
 import os
 import reprlib
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -52,6 +57,10 @@ def shown(value: Any, most: int = QUOTED) -> str:
         return cut(reprlib.repr(value), most)
     except ValueError:  # whole numbers of thousands of digits, of which Python makes no text
         return f"{type(value).__name__} of too many digits"
+
+
+class FaultHere(InputError):
+    """A fault of the machine that one process of several may meet alone, such as a full disk: that process tells it."""
 
 
 def error_text(error: Exception) -> str:
@@ -135,17 +144,54 @@ def content_hash(*values: Any) -> str:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """An empty folder under a temporary name to write into; it becomes `folder` when the block ends well.
 
-    A folder that is replaced is renamed first and deleted last: whenever the process is killed, one of the two is whole.
+    What is replaced is renamed first and deleted last: whenever the process is killed, one of the two is whole.
     """
     scratch, old = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove(scratch)
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        follow_umask(scratch)
+        if os.path.lexists(folder):
+            remove(old)
             os.replace(folder, old)
         os.replace(scratch, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(scratch)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write a file to; it becomes `path` when the block ends well."""
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        yield scratch
+        follow_umask(scratch)
+        os.replace(scratch, path)
+    finally:
+        remove(scratch)
+
+
+def remove(path: Path) -> None:
+    """Deletes what stands at a path, a file, a link or a folder with all it holds, as far as that is allowed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file, or every file and folder below a folder, the mode that open() and mkdir() give: 0o666 or 0o777
+    less the umask. A folder keeps the bit that hands its group on."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if entry.is_symlink():
+            continue
+        mode = entry.stat().st_mode
+        wanted = (0o777 | mode & stat.S_ISGID if entry.is_dir() else 0o666) & ~mask
+        if stat.S_IMODE(mode) != wanted:
+            with contextlib.suppress(OSError):  # a file system without modes
+                entry.chmod(wanted)

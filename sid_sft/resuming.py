@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sid_sft.command_line import rank, world_size
 from sid_sft.files import InputError, content_hash, cut, file_hash, read_json
+from sid_sft.output_folder import RECORD_FILE, STATE_FILE
 from sid_sft.settings import CHANGEABLE, TrainFlags, examples_per_step, intervals
 from sid_sft.tasks import PROMPTS, category_name
 from sid_sft.training_arguments import use_bf16
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft.resuming")
 
-RECORD_FILE = "checkpoint.json"
-LAST_FILE = "trainer_state.json"  # of the files that the Trainer writes
 ASIDE = "set_aside"  # folder of output_dir for checkpoints that are in the way of the run
 
 
@@ -50,7 +49,7 @@ class Resumed(NamedTuple):
 
 def write_record(folder: Path, decides: dict[str, Any], log: dict[str, Any]) -> None:
     """Makes a checkpoint whole: to be called when all of its files are written."""
-    content = {"files": described(folder), "decides": decides, "log": log}
+    content: dict[str, Any] = {"files": described(folder), "decides": decides, "log": log}
     content["hash"] = content_hash(content)
     scratch = folder / (RECORD_FILE + ".tmp")
     scratch.write_text(json.dumps(content, indent=1))
@@ -170,7 +169,7 @@ def difference(then: Any, now: Any) -> str:
 def clear_the_way(output_dir: Path, resumed: Path | None) -> None:
     """Moves the checkpoints that the run would trip over out of its way: all of an earlier run, or those behind `resumed`.
 
-    One that a kill left half written is removed.
+    One that a kill left half written, without the state that the Trainer writes last, is removed.
     """
     beside = resumed is not None and resumed.resolve().parent == output_dir.resolve()
     first = (step_of(resumed) or 0) + 1 if resumed is not None and beside else 0
@@ -178,7 +177,7 @@ def clear_the_way(output_dir: Path, resumed: Path | None) -> None:
     for folder in checkpoints(output_dir):
         if (step_of(folder) or 0) < first:
             continue
-        if not (folder / LAST_FILE).is_file():
+        if not (folder / STATE_FILE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
             continue
         target = output_dir / ASIDE / folder.name

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sid_sft.resuming import LAST_FILE, Resumed, write_record
+from sid_sft.output_folder import STATE_FILE
+from sid_sft.resuming import Resumed, write_record
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -81,7 +82,7 @@ class RunKeeper(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.should_save:
             write_record(folder, self.decides, log)
-        if self.signals.received:  # which all processes know since the step's end
+        if self.signals.agreed():
             if args.world_size > 1:
                 dist.barrier()
             raise self.signals.interruption(
@@ -108,7 +109,7 @@ class RunKeeper(TrainerCallback):
         """Whether the checkpoint that is resumed is the end of its run; if so, the trainer gets its state."""
         if self.resumed is None or self.resumed.log["evaluation_is_due"]:
             return False
-        state = TrainerState.load_from_json(str(self.resumed.folder / LAST_FILE))
+        state = TrainerState.load_from_json(str(self.resumed.folder / STATE_FILE))
         if not self.has_ended(state):
             return False
         self.trainer.state = state

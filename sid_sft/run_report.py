@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sid_sft.files import file_hash
+from sid_sft.files import file_hash, whole_file
 from sid_sft.settings import TrainFlags, examples_per_step
 from sid_sft.tasks import TASKS
 
@@ -48,7 +48,8 @@ def write_run_report(flags: TrainFlags, state: TrainerState, model: PreTrainedMo
         "## Inputs\n\n" + inputs_table(flags),
         "## Made with\n\n" + versions_table(),
     ]
-    (folder / REPORT_FILE).write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    with whole_file(folder / REPORT_FILE) as scratch:
+        scratch.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
 
 
 def series(log: Log, key: str) -> tuple[list[int], list[float]]:
@@ -187,7 +188,8 @@ def draw_curves(path: Path, log: Log) -> bool:
             axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#dddddd", linewidth=0.7)
-    figure.savefig(path, dpi=130)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=130, format="png")
     pyplot.close(figure)
     return True
 

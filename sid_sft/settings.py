@@ -1,7 +1,7 @@
-"""The flags of both commands: every one with its type, default, help and range; and how they go together.
+"""The flags of both commands: every one with its type, default, help and range.
 
     flags = read_flags(TrainFlags, {"base_model": "Qwen/Qwen2.5-0.5B", "batch_size": "64", ...})   # each flag by itself
-    check_training(flags)                                                                          # against each other
+    check_training(flags)                                                # how they go together: flag_checks.py
 
 --help is made from these records; the table of the README and the list in sft.sh are tested against them.
 """
@@ -25,13 +25,11 @@ from sid_sft.command_line import (
     flags_of,
     from_to,
     same_flag,
-    suggestion,
     world_size,
 )
-from sid_sft.files import LONGEST_PATH, InputError, cut, shown
 from sid_sft.interactions import MAX_LEFT_OUT
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS
-from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS, TASKS
+from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS
 
 FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told; on what evidence: results/freeze_learning.md
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
@@ -148,6 +146,10 @@ class TrainFlags:
         if_unset=f"{BATCH_SIZE}, or the next larger multiple",
     )
     micro_batch_size: int = flag(4, "examples per forward pass of one process; smaller needs less memory", at_least(1))
+    auto_micro_batch: bool = flag(
+        False,
+        "halve micro_batch_size where memory does not suffice, and compute that step again; the steps keep their examples",
+    )
     learning_rate: float | None = flag(
         None,
         "peak learning rate",
@@ -308,146 +310,3 @@ def examples_per_step(flags: TrainFlags) -> int:
         return flags.batch_size
     share = flags.micro_batch_size * world_size()
     return math.ceil(BATCH_SIZE / share) * share
-
-
-# ---------------------------------------------------------------------------------------------- checks of flags together
-
-
-def check_training(flags: TrainFlags) -> None:
-    """Refuses, before anything heavy is loaded, flags of sft.py that contradict each other or the disk."""
-    check_batch(flags)
-    check_intervals(flags)
-    check_tasks(flags)
-    check_base_model(flags.base_model)
-    check_places(flags)
-    check_resuming(flags)
-    check_distribution(flags)
-
-
-def check_batch(flags: TrainFlags) -> None:
-    if examples_per_step(flags) % (flags.micro_batch_size * world_size()):
-        raise InputError(
-            f"--batch_size {flags.batch_size} is no multiple of micro_batch_size x processes = "
-            f"{flags.micro_batch_size} x {world_size()}"
-        )
-
-
-def check_intervals(flags: TrainFlags) -> None:
-    evaluating, saving = intervals(flags)
-    both_shares_or_none = (saving < 1) == (evaluating < 1)
-    if flags.eval_file and not (both_shares_or_none and is_multiple(saving, evaluating)):
-        raise InputError(
-            f"--save_steps {saving:g} is no multiple of --eval_steps {evaluating:g}; "
-            "the best checkpoint must have been both evaluated and saved; leave one of the two out and it follows the other"
-        )
-
-
-def is_multiple(steps: float, of: float) -> bool:
-    """Whether one count or share of steps is the other one, twice, three times, ...: 0.3 of 0.1 is."""
-    ratio = steps / of
-    return ratio < LARGEST and math.isclose(ratio, max(1, round(ratio)))
-
-
-def check_tasks(flags: TrainFlags) -> None:
-    names = flags.task_names
-    if flags.eval_recommendation and not flags.eval_file:
-        raise InputError("--eval_recommendation needs --eval_file")
-    if flags.eval_recommendation and not set(names) & set(RECOMMENDING_TASKS):
-        raise InputError(f"--eval_recommendation needs one of {', '.join(RECOMMENDING_TASKS)} in --tasks")
-    if flags.metric_for_best_model != "eval_loss" and not flags.eval_recommendation:
-        raise InputError(
-            f"--metric_for_best_model {flags.metric_for_best_model} is measured with --eval_recommendation only"
-        )
-    if not names:
-        raise InputError(f"--tasks {shown(flags.tasks)} names no task; the tasks are {', '.join(TASK_GROUPS)}")
-    for name in names:
-        if name not in TASK_GROUPS:
-            raise InputError(
-                f"--tasks has {shown(name)}{suggestion(name, TASK_GROUPS)}; the tasks are {', '.join(TASK_GROUPS)}"
-            )
-    if len(set(names)) < len(names):
-        raise InputError(f"--tasks {shown(flags.tasks)} names a task twice")
-    needed = {"interactions": "train_file", "preferences": "preference_file"}
-    for task in TASKS.values():
-        if task.group not in names:
-            continue
-        if task.rows in needed and not getattr(flags, needed[task.rows]):
-            raise InputError(f"--{needed[task.rows]} is missing; the task {task.group} needs it")
-        if "title" in (task.shows, task.answers) and not flags.item_meta_path:
-            raise InputError(f"--item_meta_path is missing; the task {task.group} needs titles (or leave it out of --tasks)")
-
-
-def check_base_model(base_model: str) -> None:
-    """Refuses what is no model folder and cannot be a hub name."""
-    name = cut(base_model, LONGEST_PATH)
-    if os.path.isdir(base_model) and not os.path.isfile(os.path.join(base_model, "config.json")):
-        hint = " (its final_checkpoint/ is one)" if os.path.isdir(os.path.join(base_model, "final_checkpoint")) else ""
-        raise InputError(f"--base_model {name}: the folder has no config.json; expected a saved HF model{hint}")
-    if not os.path.exists(base_model) and (base_model.startswith((".", "/", "~")) or base_model.count("/") > 1):
-        raise InputError(f"--base_model {name}: there is no such folder")
-
-
-def check_places(flags: TrainFlags) -> None:
-    if flags.prefix_cache_in not in ("device", "host") and not os.path.isdir(flags.prefix_cache_in):
-        place = cut(flags.prefix_cache_in, LONGEST_PATH)
-        raise InputError(f"--prefix_cache_in {place}: is neither device nor host, and there is no such folder")
-    check_folder("output_dir", flags.output_dir)
-    check_folder("cache_dir", flags.cache_dir or CACHE_DIR)
-
-
-def check_resuming(flags: TrainFlags) -> None:
-    resume = flags.resume_from_checkpoint
-    if resume.lower() == "true" and not any(Path(flags.output_dir).glob("checkpoint-*")):
-        raise InputError(
-            f"--resume_from_checkpoint {resume}, but {flags.output_dir} has no checkpoint; with auto the run starts afresh"
-        )
-    if resume and resume.lower() not in ("true", "auto") and not os.path.isfile(os.path.join(resume, "trainer_state.json")):
-        place = cut(resume, LONGEST_PATH)
-        raise InputError(f"--resume_from_checkpoint {place}: is no checkpoint folder (it has no trainer_state.json)")
-    if flags.allowed_changes and not resume:
-        raise InputError("--allow_changed is for --resume_from_checkpoint; a fresh run may have any flags")
-    for name in flags.allowed_changes:
-        if name not in CHANGEABLE:
-            raise InputError(
-                f"--allow_changed has {name!r}{suggestion(name, CHANGEABLE)}; expected some of {', '.join(CHANGEABLE)}"
-            )
-
-
-def check_folder(name: str, path: str) -> None:
-    """InputError where no folder can be at a path, or nothing be written into it; makes nothing."""
-    expanded = os.path.expanduser(path) if name == "cache_dir" else path
-    wanted = place = os.path.abspath(expanded)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    fault = ""
-    if any(len(os.fsencode(part)) > 255 for part in wanted.split(os.sep)):
-        fault = "has a name of more than 255 bytes"
-    elif name == "cache_dir" and expanded.startswith("~"):
-        fault = "there is no such user"
-    elif not os.path.isdir(place):
-        fault = "is a file" if place == wanted else f"cannot be made, since {cut(place, LONGEST_PATH)} is a file"
-    elif not os.access(place, os.W_OK | os.X_OK):
-        fault = "cannot be written to"
-    if fault:
-        raise InputError(f"--{name} {cut(path, LONGEST_PATH)}: {fault}; expected a folder to write into")
-
-
-def check_distribution(flags: TrainFlags) -> None:
-    """Refuses what would silently train the wrong thing."""
-    if flags.train_from_scratch and flags.freeze_LLM:
-        raise InputError("--train_from_scratch with --freeze_LLM would freeze random weights; choose one")
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            why = (
-                "never calls the gradient hook that keeps the other rows frozen" if flags.freeze_LLM else "is not supported"
-            )
-            raise InputError(f"{name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration")
-
-
-def check_evaluating(flags: EvaluateFlags) -> None:
-    """Refuses, before anything heavy is loaded, flags of evaluate.py that contradict each other or the disk."""
-    check_base_model(flags.base_model)
-    if not flags.recommend and not flags.test_file:
-        raise InputError("--test_file is missing")
-    if not flags.recommend:
-        check_folder("output_dir", str(results_folder(flags)))

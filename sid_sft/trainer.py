@@ -11,8 +11,9 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 
-from sid_sft.files import InputError
-from sid_sft.forward.choose import Forward, choose_forward
+from sid_sft.faults import fitted
+from sid_sft.files import FaultHere, InputError, follow_umask
+from sid_sft.forward.choose import Forward, agreed, choose_forward
 from sid_sft.forward.examples import Examples
 from sid_sft.private_doors import ResumesFromOwnFiles, closed_doors, installed
 from sid_sft.run_keeper import RunEnded, RunKeeper
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft.trainer")
 
+Result = TypeVar("Result")
+
+SCHEDULES_OF_METRICS = ("reduce_lr_on_plateau", "greedy")
 NEVER = torch.iinfo(torch.int64).max  # no step of any run
 
 
@@ -51,6 +56,12 @@ class LogLines(ProgressCallback):
             numbers = ", ".join(f"{name} {readable(value, 4)}" for name, value in logs.items() if name != "epoch")
             with logging_redirect_tqdm([logging.getLogger()]):
                 logger.info(f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.2f}: {numbers}")
+
+    def close(self) -> None:
+        """Ends the bars of a run that ends before its last step, so that nothing is drawn after its last line."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
 
 
 class PutOff(Exception):
@@ -70,6 +81,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         rows: SidRows | None,
         base_hash: str,
         micro_batch_size: int,
+        auto_micro_batch: bool,
         group_by_length: bool,
         group_users: bool,
         frozen_prefix: bool,
@@ -84,9 +96,11 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     ) -> None:
         super().__init__(**settings)
         self.rows, self.base_hash, self.micro_batch_size = rows, base_hash, micro_batch_size
+        self.auto_micro_batch = auto_micro_batch
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(LogLines())
+        self.log_lines = LogLines()
+        self.add_callback(self.log_lines)
         self.keeper = RunKeeper(self, signals, patience=patience, resumed=resumed, decides=decides)
         self.add_callback(self.keeper)
         examples = Examples(self.train_dataset)
@@ -97,17 +111,21 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             group_by_length=group_by_length,
             group_users=group_users,
         )
-        self.forward = choose_forward(
-            self.model,
-            rows,
-            examples,
-            micro_batch_size,
-            frozen_prefix=frozen_prefix,
-            cache_bytes=cache_bytes,
-            cache_place=cache_place,
-            group_users=group_users,
-        )
-        self.eval_forward = None
+        self.forward = self.eval_forward = None
+
+        def choose() -> Forward:
+            return choose_forward(
+                self.model,
+                rows,
+                examples,
+                self.micro_batch_size,
+                frozen_prefix=frozen_prefix,
+                cache_bytes=cache_bytes,
+                cache_place=cache_place,
+                group_users=group_users,
+            )
+
+        self.forward = self.fitting(choose, "when a forward was tried")
         if self.eval_dataset is not None:
             self.eval_forward = self.forward.for_evaluation(Examples(self.eval_dataset))
         # A step's gradients are summed here, once. A model that is prepared as if for evaluation gets no wrapper that would
@@ -139,17 +157,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         """
         started = time.monotonic()
         self.model.train(self.rows is None)
-        for parameter in self.trained():  # the Trainer clears the model's own gradients only
-            parameter.grad = None
         labels = int(self.forward.examples.labels[inputs].sum())
-        total = torch.zeros((), device=self.args.device)
-        by_task = torch.zeros(len(TASKS), dtype=torch.float64, device=self.args.device)
-        for part in self.shares(self.forward, inputs)[self.args.process_index]:
-            with self.accelerator.autocast():
-                nll = self.forward.nll(part)
-            (nll.sum() / labels).backward()
-            by_task += nll.detach()
-            total += nll.detach().sum()
+        by_task, total = self.fitting_gradients(inputs, labels)
         step = self.state.global_step + 1
         self.bad_step = torch.where(total.isfinite(), self.bad_step, self.bad_step.clamp(max=step))
         self.sum_gradients()
@@ -163,6 +172,55 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             seconds=time.monotonic() - started,
         )
         return total / labels * self.args.world_size
+
+    def fitting(self, compute: Callable[[], Result], where: str) -> Result:
+        """What `compute` gives, in micro-batches for which memory suffices: smaller ones are tried where it does not.
+
+        The run goes on with them if it may (--auto_micro_batch), and otherwise ends with the size that it needs.
+        """
+        before, everywhere = self.micro_batch_size, agreed if self.auto_micro_batch else None
+        found, size = fitted(compute, before, self.resize, agreed=everywhere)
+        if size < before:
+            short = f"out of memory {where} with --micro_batch_size {before}"
+            if not self.auto_micro_batch:
+                raise FaultHere(f"{short}; {size} fits there (--auto_micro_batch True finds it by itself)")
+            logger.info(f"{short}: that was computed again, and the run goes on, with {size}")
+        return found
+
+    def resize(self, micro_batch_size: int) -> None:
+        """Cuts steps and evaluations into micro-batches of another size from now on."""
+        self.micro_batch_size = micro_batch_size
+        for forward in (self.forward, self.eval_forward):
+            if forward is not None:
+                forward.resize(micro_batch_size)
+
+    def fitting_gradients(self, inputs: np.ndarray, labels: int) -> tuple[Tensor, Tensor]:
+        """`gradients` of a step, with the same dropout in each attempt."""
+        random = torch.get_rng_state()
+        on_device = torch.cuda.get_rng_state() if self.args.device.type == "cuda" else None
+
+        def compute() -> tuple[Tensor, Tensor]:
+            torch.set_rng_state(random)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device)
+            return self.gradients(inputs, labels)
+
+        return self.fitting(compute, f"in step {self.state.global_step + 1}")
+
+    def gradients(self, inputs: np.ndarray, labels: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of this process's micro-batches of a step; -log p per task (len(TASKS),), and of all."""
+        own = [weight for _, weight, _ in self.rows.tables] if self.rows is not None else []
+        for parameter in [*self.trained(), *own]:  # the Trainer clears neither masters nor what a failed attempt left
+            parameter.grad = None
+        of_tasks = torch.zeros(len(TASKS), dtype=torch.float64, device=self.args.device)
+        total = torch.zeros((), device=self.args.device)
+        for part in self.shares(self.forward, inputs)[self.args.process_index]:
+            with self.accelerator.autocast():
+                nll = self.forward.nll(part)
+            (nll.sum() / labels).backward()
+            of_tasks += nll.detach()
+            total += nll.detach().sum()
+        return of_tasks, total
 
     def shares(self, forward: Forward, indices: np.ndarray) -> list[list[np.ndarray]]:
         """The micro-batches of the examples, by process."""
@@ -263,7 +321,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         return {"loss": loss, "hr@10": found["hr@10"], "ndcg@10": found["ndcg@10"]}
 
     def put_off_if_asked(self) -> None:
-        if self.signals.agreed():
+        """PutOff where the run shall stop, unless its schedule waits for what is being measured."""
+        if self.signals.agreed() and self.args.lr_scheduler_type not in SCHEDULES_OF_METRICS:
             raise PutOff
 
     def labels_per_task(self, inputs: np.ndarray) -> Tensor:
@@ -337,6 +396,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
                 self.train(resume_from_checkpoint=str(folder) if folder else None)
             except RunEnded:
                 ended = True
+            finally:
+                self.log_lines.close()
             self.signals.wait = False
         if ended:
             self.log({"total_flos": self.state.total_flos, "train_loss": math.nan})  # as the Trainer ends its log
@@ -350,6 +411,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.stop_unless_finite(weights=True)
         if self.rows is None:
             super().save_model(output_dir, **settings)
+            if self.args.should_save:
+                follow_umask(Path(output_dir or self.args.output_dir))
         elif self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)

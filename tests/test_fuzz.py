@@ -28,8 +28,9 @@ from sid_sft.checkpoint import PROMPTS_FILE, read_wording
 from sid_sft.command_line import PlainLines, one_word_each, read_flags
 from sid_sft.dataset_cache import Source, rows_of
 from sid_sft.files import InputError, plain, shown
+from sid_sft.flag_checks import check_evaluating, check_training
 from sid_sft.interactions import CSV_COLUMNS, Row, read_preferences, read_rows
-from sid_sft.settings import EvaluateFlags, TrainFlags, check_evaluating, check_training
+from sid_sft.settings import EvaluateFlags, TrainFlags
 from sid_sft.sid_rows import ROWS_FILE, read_rows_file
 from sid_sft.tasks import DEFAULT_TASKS, PROMPTS, TASKS, read_prompts, render
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sid_sft.faults import out_of_memory
 from sid_sft.files import InputError, error_text
 from sid_sft.forward.architecture import own_logits, why_not_exact
 from sid_sft.forward.examples import Examples
@@ -68,7 +69,8 @@ def choose_forward(
 ) -> Forward:
     """The fastest forward that gives the model's own loss, and with `rows` its gradient; logs which, and why no faster one.
 
-    Every process must call. InputError where the model reads ahead, or where its loss is no number.
+    Every process must call. InputError where the model reads ahead, or where its loss is no number; OutOfMemoryError on all
+    processes where the memory of one does not suffice to try a forward.
     """
     model.eval()
     trial = make_trial(model, examples)
@@ -101,7 +103,7 @@ def attempt(build: Callable[[], Forward], rows: SidRows | None, trial: Trial) ->
 
     All processes take it or none does, since a step is cut into the same micro-batches on each.
     """
-    forward, why_not, difference = None, "", 0.0
+    forward, why_not, difference, memory = None, "", 0.0, True
     try:
         forward = build()
         difference = disagreement(forward, trial)
@@ -111,10 +113,13 @@ def attempt(build: Callable[[], Forward], rows: SidRows | None, trial: Trial) ->
             wrong = gradient_disagreement(forward, rows, trial)
             if not wrong <= trial.tolerance.gradient:
                 why_not = f"the gradient of its SID rows differs by {wrong:.0e} from the model's own"
-    except (InputError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:  # other people's code: whatever it does not take is a reason to go another way
         why_not = f"{type(error).__name__}: {error_text(error)[:100]}"
+        memory = not out_of_memory(error)
+    if not agreed(memory):
+        raise torch.OutOfMemoryError(why_not or "on another process")
     if not agreed(not why_not):
         return None, why_not or "another process found so", difference
     return forward, "", difference
@@ -149,9 +154,11 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
             expected = {i: float(alone.nll(np.array([i])).sum()) for i in [*short.tolist(), longest]}
         alone.nll(short[:1]).sum().backward()  # a model without a backward is refused here, not in the first step
         model.zero_grad()
-    except (InputError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:  # other people's code; there is no way left to go
+        if out_of_memory(error):
+            raise
         raise InputError(
             f"--base_model: the forward of {type(model).__name__} fails on an example ({type(error).__name__}: "
             f"{error_text(error)[:100]}); expected a causal language model that takes token ids alone, SID tokens among them"

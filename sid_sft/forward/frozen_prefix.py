@@ -100,6 +100,11 @@ class FrozenPrefix:
         """A FrozenPrefix over other examples, without a cache; users are grouped, as one `cut` takes all the examples."""
         return FrozenPrefix(self.model, self.sid_rows, examples, self.micro_batch_size, group_users=True)
 
+    def resize(self, micro_batch_size: int) -> None:
+        """Cuts steps into micro-batches of another size from now on; what is cached stays as it is."""
+        self.micro_batch_size = micro_batch_size
+        self.plan.resize(micro_batch_size)
+
     def cut(self, indices: np.ndarray, processes: int = 1) -> list[MicroBatch]:
         """The examples of a step as micro-batches."""
         return self.plan.cut(indices, processes)

@@ -33,6 +33,10 @@ class PlainForward:
         self.model, self.examples, self.micro_batch_size = model, examples, micro_batch_size
         self.group_users = group_users
 
+    def resize(self, micro_batch_size: int) -> None:
+        """Cuts steps into micro-batches of another size from now on."""
+        self.micro_batch_size = micro_batch_size
+
     def cut(self, indices: np.ndarray, processes: int = 1) -> list[MicroBatch]:
         """The examples of a step as micro-batches, sorted by length so that little is padding."""
         if self.group_users:
@@ -118,6 +122,10 @@ class OwnForward:
     def for_evaluation(self, examples: Examples) -> OwnForward:
         """The same way over other examples."""
         return OwnForward(self.model, examples, self.micro_batch_size, alone=self.alone)
+
+    def resize(self, micro_batch_size: int) -> None:
+        """Cuts steps into micro-batches of another size from now on."""
+        self.micro_batch_size = 1 if self.alone else micro_batch_size
 
     def cut(self, indices: np.ndarray, processes: int = 1) -> list[MicroBatch]:
         """The examples of a step as micro-batches of equal lengths."""

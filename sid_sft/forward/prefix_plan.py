@@ -125,8 +125,7 @@ class PrefixPlan:
 
     def __init__(self, examples: Examples, micro_batch_size: int, limits: Limits, *, group_users: bool) -> None:
         self.examples, self.limits, self.group_users = examples, limits, group_users
-        self.tail_tokens = max(LEAST_TAIL, micro_batch_size * limits.tail)
-        self.static_tokens = max(LEAST_STATIC, micro_batch_size * limits.static)
+        self.resize(micro_batch_size)
         self.templates = find_templates(examples)
         template_len = [len(self.templates.get(task, ())) for task in range(int(examples.task.max()) + 1)]
         self.template_len = np.array(template_len)[examples.task]
@@ -137,6 +136,11 @@ class PrefixPlan:
         self.trees: list[PrefixTree] = []
         self.tree_of, self.place_in_tree = self.plant_trees()
         self.cache_plan: CachePlan | None = None  # until `plan_cache`
+
+    def resize(self, micro_batch_size: int) -> None:
+        """Cuts steps into micro-batches of another size from now on: see Limits."""
+        self.tail_tokens = max(LEAST_TAIL, micro_batch_size * self.limits.tail)
+        self.static_tokens = max(LEAST_STATIC, micro_batch_size * self.limits.static)
 
     # ---- trees of own prefixes
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sid_sft.faults import memory_in_one_line
 from sid_sft.files import InputError
 from sid_sft.forward.trees import to_device
 
@@ -34,7 +35,10 @@ class Store:
         if self.place in (DEVICE, HOST) or not size:
             # A slot or label is written by the batch of its tree before any micro-batch of that tree reads it, and none
             # reads another tree's (FrozenPrefix.fill_cache, read_slots). Zeros would cost a pass over all the memory.
-            return torch.empty(shape, dtype=dtype, device="cpu" if self.place == HOST else self.device)
+            with memory_in_one_line(
+                f"{size / 1e9:.1f} GB are to be kept from step to step; try a smaller --prefix_cache_gb"
+            ):
+                return torch.empty(shape, dtype=dtype, device="cpu" if self.place == HOST else self.device)
         # A name of its own: other processes may keep things in the same folder. The disk is taken now, for a mapped page
         # without one behind it kills the process. The mapping outlives the name, so nothing is left behind whatever happens.
         handle, name = tempfile.mkstemp(dir=self.place)

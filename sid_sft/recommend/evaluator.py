@@ -12,7 +12,9 @@ import numpy as np
 
 from sid_sft.catalogue import Catalogue
 from sid_sft.encoding import Encoder
+from sid_sft.faults import out_of_memory
 from sid_sft.files import InputError, error_text
+from sid_sft.finite import broken_weights, in_words
 from sid_sft.interactions import Row
 from sid_sft.recommend.ranking import KS, Lists, means, ranks_of, row_values, sid_table
 from sid_sft.tasks import TASKS
@@ -177,9 +179,9 @@ class Evaluator:
                     if difference <= tolerance:
                         return make
                     reason = f"scores differ by {difference:.0e}"
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:  # other people's code: what it does not take is a reason to go another way
+                    if out_of_memory(error):
+                        raise
                     reason = f"{type(error).__name__}: {error_text(error)[:100]}"
             logger.info(f"{otherwise} ({reason}); this is slow, the result is right")
         return OwnForwardDecoder
@@ -197,18 +199,15 @@ def can_rank(score: torch.Tensor) -> bool:
 
 def not_finite(name: str, model: PreTrainedModel) -> str:
     """What to tell of a model whose scores are NaN or infinite."""
-    broken = {weight: int((~values.isfinite()).sum()) for weight, values in model.named_parameters()}
-    broken = {weight: count for weight, count in broken.items() if count}
+    broken = broken_weights(model)
     if not broken:
         dtype = str(model.dtype).removeprefix("torch.")
         return (
             f"{name}: its weights are finite but overflow in {dtype}, so nothing can be ranked; take an earlier checkpoint"
             + (", or save the model in float32" if dtype == "float16" else "")
         )
-    first, *others = broken
-    more = f" (as do {len(others)} more weights)" if others else ""
     return (
-        f"{name}: {first} holds {broken[first]:,} values that are NaN or infinite{more}, so nothing can be ranked; "
+        f"{name}: {in_words(broken)}, so nothing can be ranked; "
         "take an earlier checkpoint, or train with a lower --learning_rate"
     )
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from sid_sft.catalogue import Catalogue
 from sid_sft.command_line import tell
+from sid_sft.faults import disk_fault
+from sid_sft.files import FaultHere, whole_file
 from sid_sft.interactions import Row
 from sid_sft.recommend.evaluator import Evaluator, Recommended, measurable, sampled
 from sid_sft.recommend.ranking import (
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft.results")
 
+RESULT_FILES = ("metrics.json", "predictions.jsonl", "recommendations.png")
 SHOWN = 10  # recommendations per row in predictions.jsonl and in words
 FREE_ROWS = 200  # rows on which unconstrained generation is tried: enough to tell a share to a few per cent
 TITLE_WIDTH = 96  # characters of a title in words
@@ -107,9 +110,11 @@ def write_results(
     free: Free,
     seconds: float,
 ) -> None:
-    """metrics.json, predictions.jsonl and recommendations.png; the table and the examples in the log."""
+    """metrics.json, predictions.jsonl and recommendations.png; the table and the examples in the log.
+
+    Where the files cannot be written, the metrics go to standard output, before the InputError.
+    """
     folder = Path(flags.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = measure(recommended.lists(), rows, train, table, measurable(flags.num_beams), flags.seed)
     metrics["invalid"] = {
         "constrained": 0.0,
@@ -127,16 +132,29 @@ def write_results(
         "num_beams": flags.num_beams,
         "seconds": round(seconds, 2),
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    write_predictions(folder / "predictions.jsonl", rows, recommended, catalogue, table)
-    draw(folder / "recommendations.png", metrics)
     for line in result_lines(metrics, with_train=bool(train)):
         logger.info(line)
     shown = sampled(list(range(len(rows))), flags.examples, flags.seed) if flags.examples else []
     for number, i in enumerate(shown, start=1):
         words = in_words(rows[i], recommended.sid[i], recommended.score[i], catalogue, table, truth=True)
         tell([f"Example {number} of {len(shown)}: user {rows[i].user}", *words])
-    logger.info(f"Wrote metrics.json and predictions.jsonl to {folder}; the picture is {folder / 'recommendations.png'}")
+    metrics_file, predictions_file, picture = (folder / name for name in RESULT_FILES)
+    content = json.dumps(metrics, indent=1) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(metrics_file) as scratch:
+            scratch.write_text(content)
+        with whole_file(predictions_file) as scratch:
+            write_predictions(scratch, rows, recommended, catalogue, table)
+        with whole_file(picture) as scratch:
+            draw(scratch, metrics)
+    except OSError as error:
+        tell(content.rstrip().split("\n"))
+        raise FaultHere(
+            f"--output_dir {folder}: the results cannot be written ({disk_fault(error) or error}); the metrics stand on "
+            "standard output; make room, or choose another folder"
+        ) from None
+    logger.info(f"Wrote metrics.json and predictions.jsonl to {folder}; the picture is {picture}")
 
 
 def measure(
@@ -285,5 +303,5 @@ def draw(path: Path, metrics: dict[str, Any]) -> None:
         f"{metrics['run']['rows']:,} rows, {metrics['run']['num_beams']} beams; the band is a 95 % interval",
         fontsize=10,
     )
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
