@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from data import build_dataset
 from sid_sft.catalogue import Catalogue, read_catalogue, read_index
 from sid_sft.checkpoint import (
@@ -28,7 +26,7 @@ from sid_sft.checkpoint import (
     save_final,
 )
 from sid_sft.command_line import command, quiet_other_ranks, rank, run
-from sid_sft.dataset_cache import Source
+from sid_sft.dataset_cache import Source, show_examples
 from sid_sft.faults import memory_in_one_line
 from sid_sft.files import InputError
 from sid_sft.finite import check_finite
@@ -41,7 +39,7 @@ from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
 from sid_sft.resuming import resume_point, what_decides
 from sid_sft.run_report import CURVES_FILE, REPORT_FILE, model_card, write_run_report
 from sid_sft.settings import CACHE_DIR, TrainFlags
-from sid_sft.tasks import TASKS, read_prompts
+from sid_sft.tasks import read_prompts
 from sid_sft.training_arguments import check_reports, check_schedule, compute_dtype, training_arguments
 from sid_sft.vocabulary import (
     add_sid_tokens,
@@ -292,16 +290,6 @@ def recommendation_evaluator(
         batch_size=flags.micro_batch_size,
         cutoff_len=flags.cutoff_len if positions is None else min(flags.cutoff_len, positions - beams_beyond(catalogue)),
     )
-
-
-def show_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Logs the first example of each task as the model will see it."""
-    tasks = dataset.with_format("numpy")["task"][:]
-    for number in np.unique(tasks):
-        example = dataset[int(np.argmax(np.asarray(tasks) == number))]
-        ids, prompt_len = example["input_ids"], example["prompt_len"]
-        prompt, answer = tokenizer.decode(ids[:prompt_len]), tokenizer.decode(ids[prompt_len:])
-        logger.info(f"{list(TASKS)[number]}: {prompt!r} -> {answer!r}")
 
 
 def main(arguments: list[str]) -> int:

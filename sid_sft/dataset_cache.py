@@ -35,6 +35,7 @@ from sid_sft.tasks import TASKS, Task
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset, Features
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("sft.dataset_cache")
 
@@ -317,3 +318,15 @@ def open_dataset(folder: Path, cutoff_len: int, max_left_out: float = MAX_LEFT_O
             check_share(f"task {name!r}: ", missing - task["untitled"], task["rows"], max_left_out, why)
             logger.info(f"{name}: {missing:,} of {task['rows']:,} rows left out: {why}")
     return concatenate_datasets([Dataset.from_file(str(folder / file)) for file in summary["files"]])
+
+
+def show_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Logs the first example of each task as the model will see it."""
+    import numpy as np
+
+    tasks = dataset.with_format("numpy")["task"][:]
+    for number in np.unique(tasks):
+        example = dataset[int(np.argmax(np.asarray(tasks) == number))]
+        ids, prompt_len = example["input_ids"], example["prompt_len"]
+        prompt, answer = tokenizer.decode(ids[:prompt_len]), tokenizer.decode(ids[prompt_len:])
+        logger.info(f"{list(TASKS)[number]}: {prompt!r} -> {answer!r}")
