@@ -552,9 +552,9 @@ def test_outputs_without_settings_are_told_of_and_so_are_items_in_no_row(tables,
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "not settings of rq.prepare"),
+        ("{", "not JSON"),
         ("[1]", "not settings of rq.prepare"),
-        ('{"k_core": 1}', "KeyError"),
+        ('{"k_core": 1}', "user_column is missing"),
         (None, "k_core is 'x'"),
     ],
 )
