@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from rq.command_line import CHECKPOINT_FILES, LARGEST_LEVEL, MOST_BEAMS, MOST_LAYERS, WIDEST_LAYER
 from rq.embeddings import LARGEST_VALUE, of_type, read_header
@@ -37,10 +37,7 @@ def save_checkpoint(quantizer: Quantizer, folder: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in quantizer.state_dict().items()}
     with whole_path(folder) as temporary:
         temporary.mkdir()
-        try:
-            save_file(tensors, temporary / WEIGHTS)
-        except SafetensorError as error:
-            raise OSError(told(error)) from error
+        (temporary / WEIGHTS).write_bytes(save(tensors))  # save_file would give the rights 0600, whatever the umask
         (temporary / CONFIG).write_text(json.dumps(asdict(quantizer.design), indent=1) + "\n", encoding="utf-8")
 
 

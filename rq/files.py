@@ -68,21 +68,21 @@ def read_json(path: Path, *, expected: str, object_pairs_hook: Callable[[list[tu
     `expected` ends that message, such as "{'0': {'title': ..}, ..}"; `object_pairs_hook` is the one of json.loads, in place
     of the check that no key stands twice.
     """
+    decoder = json.JSONDecoder(object_pairs_hook=object_pairs_hook or distinct_keys, parse_constant=_no_number)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = parse_json(text, object_pairs_hook=object_pairs_hook or distinct_keys, parse_constant=_no_number)
+        return parse_json(path.read_text(encoding="utf-8-sig"), decoder)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not JSON ({told(error)}); expected {expected}") from error
-    return content
 
 
-def parse_json(text: str, **hooks: Any) -> Any:
-    """json.loads, with a ValueError for all that is wrong, lists in lists without end and half characters included."""
+def parse_json(text: str, decoder: json.JSONDecoder) -> Any:
+    """The value of a JSON text; ValueError for all that is wrong, lists in lists without end and half characters too."""
     try:
-        content = json.loads(text, **hooks)
+        content = decoder.decode(text)
     except RecursionError:
         raise ValueError(f"more than {MOST_NESTED} lists or objects in each other") from None
-    check_plain(content, escaped="\\" in text)
+    if text.count("[") + text.count("{") > MOST_NESTED or "\\" in text:
+        check_plain(content, escaped="\\" in text)
     return content
 
 

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import gzip
 import io
+import json
 import logging
 import os
 import zlib
@@ -46,7 +47,7 @@ FIRST_BYTES = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"PAR1": "Par
 
 
 # What a table may ask for at most. A few megabytes can unpack to as many gigabytes, or make a row of as many columns.
-MOST_COLUMNS = 10_000
+MOST_COLUMNS = 2_000
 LONGEST_LINE = 2**24  # bytes
 CELLS_AT_ONCE = 2**22
 MOST_SPELLINGS = 100  # of the names of columns in JSON lines
@@ -128,7 +129,7 @@ class _Unpacked(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self.path, self.file, self.total = path, gzip.GzipFile(path), 0
-        self.most = max(ALWAYS_UNPACKED, MOST_UNPACKED * os.path.getsize(path))
+        self.most = _most_unpacked(os.path.getsize(path))
 
     def readable(self) -> bool:
         """True: that is all it is for."""
@@ -147,6 +148,10 @@ class _Unpacked(io.RawIOBase):
         """Close the .gz, too."""
         self.file.close()
         super().close()
+
+
+def _most_unpacked(packed: int) -> int:
+    return max(ALWAYS_UNPACKED, MOST_UNPACKED * packed)
 
 
 def _too_large(path: Path) -> str:
@@ -238,7 +243,9 @@ def _read_csv(path: Path, header: Sequence[str], wanted: Sequence[int]) -> "pd.D
 
     import pandas as pd
 
-    size = os.path.getsize(path) * (MOST_UNPACKED if path.name.lower().endswith(".gz") else 1)
+    size = os.path.getsize(path)
+    if path.name.lower().endswith(".gz"):
+        size = _most_unpacked(size)
     parts: list[pd.DataFrame] = []
     rows = 0
     try:
@@ -290,45 +297,51 @@ def _parquet_names(path: Path) -> list[str]:
 def _read_parquet(path: Path, header: Sequence[str], wanted: Sequence[int]) -> "pd.DataFrame":
     """The columns at some positions, as they are in the file: whole numbers stay whole where a cell is empty.
 
-    Text stays a number per row and a list of the different texts until it is known how much it is in full.
+    Text is first read as a number per row and a list of the different texts, and only in full when that is known not to be
+    too much: one long text in a million rows is a small file.
     """
     import pyarrow
     import pyarrow.parquet
 
     names = [header[at] for at in wanted]
     try:
-        file = pyarrow.parquet.ParquetDataset(path, read_dictionary=names)
-        most = max(ALWAYS_UNPACKED, MOST_UNPACKED * sum(map(os.path.getsize, file.files)))
+        file = pyarrow.parquet.ParquetDataset(path)
+        most = _most_unpacked(sum(map(os.path.getsize, file.files)))
         if sum(part.count_rows() for part in file.fragments) * 8 * len(names) > most:
             raise InputError(_too_large(path))
-        packed = file.read(columns=names)
+        packed = pyarrow.parquet.ParquetDataset(path, read_dictionary=_paths_of_columns(file.files)).read(columns=names)
         packed.validate(full=True)
-        if sum(map(_bytes_of_text, packed.columns)) > most:
+        if sum(_bytes_of_text(part) for column in packed.columns for part in column.chunks) > most:
             raise InputError(_too_large(path))
-        texts = {name: part.type.value_type for name, part in zip(names, packed.columns, strict=True) if _is_packed(part)}
-        in_full = [packed[name].cast(texts[name]) if name in texts else packed[name] for name in names]
-        raw = pyarrow.table(in_full, names).to_pandas(ignore_metadata=True, integer_object_nulls=True)
+        raw = file.read(columns=names).to_pandas(ignore_metadata=True, integer_object_nulls=True)
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _not_parquet(path, error) from error
-    return raw.set_axis(wanted, axis=1)
+    raw = raw.set_axis(wanted, axis=1)
+    return raw.astype({at: object for at in wanted if raw[at].dtype == "category"})
 
 
-def _is_packed(column: "pyarrow.ChunkedArray") -> bool:
+def _paths_of_columns(files: Sequence[str]) -> list[str]:
+    """The columns as Parquet has them, lists by what they are lists of: title, categories.list.element."""
+    import pyarrow.parquet
+
+    schemas = [pyarrow.parquet.ParquetFile(file).schema for file in files]
+    return sorted({schema.column(at).path for schema in schemas for at in range(len(schema))})
+
+
+def _bytes_of_text(array: "pyarrow.Array") -> int:
+    """How much the texts of a column are in full: "ab" in rows 0 and 7 is 4 bytes. Only texts are packed."""
     import pyarrow
-
-    return pyarrow.types.is_dictionary(column.type)
-
-
-def _bytes_of_text(column: "pyarrow.ChunkedArray") -> int:
-    """How much the texts of a column are in full: "ab" in rows 0 and 7 is 4 bytes."""
     import pyarrow.compute
 
-    if not _is_packed(column):
+    if pyarrow.types.is_dictionary(array.type):
+        lengths = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
+        return pyarrow.compute.sum(lengths).as_py() or 0
+    if not pyarrow.types.is_nested(array.type):
         return 0
-    lengths = (pyarrow.compute.binary_length(part.dictionary).take(part.indices) for part in column.chunks)
-    return sum(pyarrow.compute.sum(part).as_py() or 0 for part in lengths)
+    inner = array.flatten()
+    return sum(map(_bytes_of_text, inner if isinstance(inner, list) else [inner]))
 
 
 def _not_parquet(path: Path, error: Exception) -> Exception:
@@ -339,13 +352,14 @@ def _not_parquet(path: Path, error: Exception) -> Exception:
 
 def _read_json_lines(path: Path, wanted: set[str]) -> list[dict]:
     """The fields that are wanted of each record."""
+    decoder = json.JSONDecoder(object_pairs_hook=distinct_keys)
     records: list[dict] = []
     spellings: set[str] = set()
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
-            record = parse_json(line, object_pairs_hook=distinct_keys)
+            record = parse_json(line, decoder)
         except ValueError as error:
             record = python_literal(line)  # the 2014 metadata are Python dicts
             if record is None and "half a character" in str(error):

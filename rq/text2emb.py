@@ -60,17 +60,13 @@ def fit_tfidf(texts: Sequence[str], *, n_dims: int, seed: int) -> tuple[list[str
 def save_tfidf(folder: Path, words: Sequence[str], idf_V: "np.ndarray", components_DV: "np.ndarray") -> None:
     """Keep a fitted TF-IDF encoder as JSON and safetensors."""
     import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with whole_path(folder) as temporary:
         temporary.mkdir()
         (temporary / VOCABULARY).write_text(json.dumps(list(words), ensure_ascii=False), encoding="utf-8")
         tensors = {"idf": idf_V.astype(np.float32), "components": np.ascontiguousarray(components_DV, dtype=np.float32)}
-        try:
-            save_file(tensors, temporary / WEIGHTS)
-        except SafetensorError as error:
-            raise OSError(told(error)) from error
+        (temporary / WEIGHTS).write_bytes(save(tensors))  # save_file would give the rights 0600, whatever the umask
 
 
 def load_tfidf(folder: Path) -> tuple[list[str], "np.ndarray", "np.ndarray"]:

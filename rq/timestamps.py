@@ -4,7 +4,7 @@ Only the order counts: numbers stay in the unit they came in, dates written as t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -107,7 +107,7 @@ def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
         if numeric.any():
             formats = {"a number": numeric.idxmax(), **formats}
         if len(formats) > 1:
-            _contradict(column, formats)
+            _contradict(column, formats.items())
         if numeric.any():
             _refuse_rounded(column, present[numeric])
             order, reading = _numbers(column, pd.to_numeric(present[numeric]))
@@ -124,9 +124,9 @@ def _text(cell: object) -> str:
     return "" if cell is None else str(cell).strip().lower()
 
 
-def _contradict(column: Column, kinds: dict[str, int]) -> NoReturn:
-    """Refuse a column whose rows are of two kinds, {kind in words: a row}."""
-    (one, row), (other, other_row) = list(kinds.items())[:2]
+def _contradict(column: Column, kinds: Iterable[tuple[str, int]]) -> NoReturn:
+    """Refuse a column whose rows are of two kinds, (kind in words, a row) each; the words may be the same."""
+    (one, row), (other, other_row), *_ = kinds
     raise InputError(
         f"column {shown(column.name)} holds two kinds of timestamps: {column.shown(row)} ({one}) and "
         f"{column.shown(other_row)} ({other}); write all rows in one way, or empty the cells that cannot be mended"
@@ -162,7 +162,7 @@ def _numbers(column: Column, numbers: "pd.Series") -> tuple["pd.Series", str]:
     jumps = (ascending / ascending.shift() > LARGEST_JUMP) & (ascending >= LARGEST_POSITION)
     if jumps.any():
         at = int(jumps.to_numpy().argmax())
-        _contradict(column, {_meaning(ascending.iloc[i]): ascending.index[i] for i in (at - 1, at)})
+        _contradict(column, [(_meaning(ascending.iloc[i]), ascending.index[i]) for i in (at - 1, at)])
     middle = float(ascending.iloc[len(ascending) // 2]) if len(ascending) else 0.0
     order = numbers.astype("Float64" if numbers.dtype.kind == "f" else "Int64")
     if middle < LARGEST_POSITION:
@@ -249,7 +249,7 @@ def _match_dates(
         formats.setdefault(name, row)
         zones.setdefault("with a time zone" if match["zone"] else "without a time zone", row)
     if len(formats) == 1 and len(zones) > 1:
-        _contradict(column, zones)
+        _contradict(column, zones.items())
     return moments, formats, numbered
 
 
@@ -283,7 +283,7 @@ def _day_is_first(column: Column, numbered: dict[str, tuple[int, re.Match]], *, 
         elif first != other and open_row is None:
             open_row = row
     if len(rows) > 1:
-        _contradict(column, rows)
+        _contradict(column, rows.items())
     if dayfirst is None:
         if not rows and open_row is not None:
             raise InputError(
