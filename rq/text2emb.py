@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from rq import command_line
 from rq.catalogue import TEXT_FIELDS, item_text, read_items
 from rq.command_line import log
-from rq.files import InputError, check_output, named, read_json, reserve, shown, told, whole_path
+from rq.files import InputError, check_output, one_line, read_json, reserve, shown, told, whole_path
 from rq.origin import Origin, record_file, sha256_of, sha256_of_weights, write_record
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+MOST_NAMED = 200  # characters of the encoder's name in a message, which may be a path
 # What transformers raises on the files of an encoder that are not as it expects them.
 BROKEN_ENCODER = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
 ROWS_AT_ONCE = 8_192  # texts tokenized, sorted by length and embedded together
@@ -162,7 +163,8 @@ class HuggingFaceEncoder:
         except BROKEN_ENCODER + (SafetensorError,) as error:
             first_line = Exception((str(error).strip().splitlines() or [type(error).__name__])[0])
             raise InputError(
-                f"--encoder {named(name)}: {told(first_line)} Expected tfidf, a folder, or a Hugging Face name"
+                f"--encoder {one_line(name)[:MOST_NAMED]}: {told(first_line)} "
+                "Expected tfidf, a folder, or a Hugging Face name"
             ) from error
         config = model.config
         self.model = (model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model).to(device).eval()
