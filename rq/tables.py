@@ -319,7 +319,12 @@ def _read_parquet(path: Path, header: Sequence[str], wanted: Sequence[int]) -> "
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _not_parquet(path, error) from error
     raw = raw.set_axis(wanted, axis=1)
-    return raw.astype({at: object for at in wanted if raw[at].dtype == "category"})
+    for at in wanted:
+        if raw[at].dtype == "category":
+            raw[at] = raw[at].astype(object)
+        elif getattr(raw[at].dtype, "tz", None):  # Python has no moment with a time zone after the year 9999, Parquet has
+            raw[at] = raw[at].dt.tz_convert("UTC").dt.tz_localize(None)
+    return raw
 
 
 def _paths_of_columns(files: Sequence[str]) -> list[str]:
