@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import functools
 import logging
+import math
 import os
 import resource
 import signal
@@ -22,9 +23,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rq.files import InputError
+from rq.files import InputError, check_output, named, one_line, shown, told
 
 log = logging.getLogger("rq")
+
+LARGEST_LEVEL = 10**9  # codes
+MOST_LAYERS, WIDEST_LAYER = 16, 65_536  # of a network that is asked for
+MOST_BEAMS = 1_024  # partial codes of an item at a time
+LARGEST_SEED = 2**31 - 64  # every library that takes a seed, also one plus the level, takes this one
+LONGEST_REFUSAL = 450  # characters
 
 
 def switch(text: str) -> bool:
@@ -33,7 +40,7 @@ def switch(text: str) -> bool:
         return True
     if text.lower() in ("false", "no", "0"):
         return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    raise argparse.ArgumentTypeError(f"{shown(text)} is neither true nor false")
 
 
 def level_sizes(text: str) -> tuple[int, ...]:
@@ -42,47 +49,68 @@ def level_sizes(text: str) -> tuple[int, ...]:
         sizes = tuple(int(size) for size in text.split(","))
     except ValueError:
         sizes = ()
-    if not sizes or min(sizes) < 2 or len(sizes) > 25:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of 1 to 25 codebook sizes of 2 or more, like 256,256,256")
+    if not 1 <= len(sizes) <= 25 or not all(2 <= size <= LARGEST_LEVEL for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not a list of 1 to 25 codebook sizes of 2 or more, like 256,256,256"
+        )
     return sizes
 
 
 def numbers(text: str) -> tuple[float, ...]:
     """'0,0,0.003' -> (0.0, 0.0, 0.003)."""
     try:
-        return tuple(float(number) for number in text.split(","))
+        read = tuple(float(number) for number in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, like 0,0,0.003") from None
+        read = (math.nan,)
+    if not all(0 <= number < math.inf for number in read):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a list of numbers from 0 on, like 0,0,0.003")
+    return read
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """'512,256' -> (512, 256); '' -> ()."""
     try:
-        return tuple(int(number) for number in text.split(",") if number)
+        read = tuple(int(number) for number in text.split(",") if number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, like 512,256") from None
+        read = (0,)
+    if len(read) > MOST_LAYERS or not all(1 <= number <= WIDEST_LAYER for number in read):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not a list of at most {MOST_LAYERS} whole numbers from 1 to {WIDEST_LAYER}, like 512,256"
+        )
+    return read
 
 
-def at_least(least: float, *, kind: type = int) -> Callable[[str], float]:
-    """A flag type: a number that is no smaller than `least`."""
+def at_least(least: float, *, kind: type = int, most: float = math.inf) -> Callable[[str], float]:
+    """A flag type: a number that is no smaller than `least`, no larger than `most`, and not infinite."""
 
     def number(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+            value = math.nan
+        if value != value:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a {'whole ' if kind is int else ''}number")
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{shown(value)} is less than {least}")
+        if value > most or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{shown(value)} is more than {most}")
         return value
 
     return number
+
+
+def plain_name(text: str) -> str:
+    """A flag type: what file names can begin with, such as 'Shop', and nothing that leads to another folder."""
+    if not text.isprintable() or set(text) & set("/\\") or text.startswith(".") or not 0 < len(text.encode()) <= 200:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a plain name, like Shop: it becomes part of file names")
+    return text
 
 
 def existing(text: str) -> Path:
     """A flag type: a file or folder to read, refused at once when it is missing."""
     path = Path(text)
     if not path.exists():
-        raise argparse.ArgumentTypeError(f"{text}: no such file")
+        raise argparse.ArgumentTypeError(f"{one_line(text)}: no such file")
     return path
 
 
@@ -115,7 +143,7 @@ SHARED_FLAGS: dict[str, dict] = {
         "metavar": "C.npy",
         "help": "also save the codes, int32 (N items, L levels), before collisions are resolved",
     },
-    "seed": {"type": int, "default": 42, "help": "seed of everything random (42)"},
+    "seed": {"type": at_least(0, most=LARGEST_SEED), "default": 42, "help": "seed of everything random (42)"},
     "device": {"default": "auto", "help": "auto, cpu, cuda, cuda:1, .. (auto: cuda where there is one)"},
     "collisions": {
         "choices": ("token", "relocate", "keep"),
@@ -138,6 +166,7 @@ SHARED_FLAGS: dict[str, dict] = {
 }
 QUANTIZER_FLAGS = tuple(SHARED_FLAGS)
 OUTPUT_FLAGS = ("output", "codes_output", "ckpt_path")
+CHECKPOINT_FILES = ("model.safetensors", "config.json")  # the folder --ckpt_path
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -161,13 +190,13 @@ class OneLineParser(argparse.ArgumentParser):
             if flag not in self.flags:
                 near = difflib.get_close_matches(flag, self.flags, n=1)
                 self.error(
-                    f"unknown flag {flag}" + (f" (did you mean {near[0]}?)" if near else f" (see {self.prog} --help)")
+                    f"unknown flag {named(flag)}" + (f" (did you mean {near[0]}?)" if near else f" (see {self.prog} --help)")
                 )
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line on stderr."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, _refusal(self.prog, message))
 
 
 def parser(name: str, documentation: str, *, shared: Sequence[str], required: Sequence[str] = ()) -> OneLineParser:
@@ -180,27 +209,37 @@ def parser(name: str, documentation: str, *, shared: Sequence[str], required: Se
 
 
 def refuse_to_overwrite(flags: argparse.Namespace, *, outputs: Sequence[str] = OUTPUT_FLAGS) -> None:
-    """Stop when an output of this run exists and --overwrite was not given, or when it would replace an input."""
+    """Stop where an output of this run exists and --overwrite was not given, where it would replace an input or another
+    output, and where it could not be written.
+    """
     inputs = {
         path.resolve()
         for name, path in vars(flags).items()
         if isinstance(path, Path) and name not in outputs and path.exists()
     }
+    seen: dict[Path, str] = {}
     for name in outputs:
         path = getattr(flags, name, None)
         if path is None:
             continue
         if path.resolve() in inputs:
             raise InputError(f"--{name} {path} is also an input of this run; write to another file")
+        if path.resolve() in seen:
+            raise InputError(f"--{name} {path} is also --{seen[path.resolve()]}; write to another file")
+        seen[path.resolve()] = name
         if path.exists() and not flags.overwrite:
             raise InputError(f"{path} exists; give --overwrite to replace it, or another --{name}")
+        if name == "codes_output" and path.suffix != ".npy":
+            raise InputError(f"--codes_output {path}: give it a name that ends in .npy")
+        check_output(path, folder_of=CHECKPOINT_FILES if name == "ckpt_path" else ())
 
 
 def single_process(name: str) -> None:
     """Stop a command that uses one process (faiss spreads over cores and GPUs by itself) when several were launched."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError(
-            f"rq.{name} runs in one process, {os.environ['WORLD_SIZE']} were launched; start it with python -m rq.{name}"
+            f"rq.{name} runs in one process, {named(os.environ['WORLD_SIZE'])} were launched; "
+            f"start it with python -m rq.{name}"
         )
 
 
@@ -209,15 +248,34 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _refusal(prog: str, message: str) -> str:
+    """The line by which standard error is told of a refusal; '' where another process of this machine says the same.
+
+    What was typed may be in it, so its length has a bound.
+    """
+    line = one_line(message)
+    if len(line) > LONGEST_REFUSAL:
+        line = f"{line[: LONGEST_REFUSAL // 2]} .. {line[-LONGEST_REFUSAL // 2 :]}"
+    return f"{prog}: {line}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+
+
 def peak_memory_gb() -> float:
     """Largest resident memory of this process so far in GB (10^9 bytes), mapped pages included."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+class _OneLine(logging.Formatter):
+    """A line of the log: names of files and columns are part of it, and may hold what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, plain."""
+        return "".join(c if c.isprintable() else one_line(c) for c in super().format(record).replace("\n", " "))
+
+
 def _log_plainly() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_OneLine("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if is_first_process() else logging.ERROR)
@@ -228,6 +286,11 @@ def show(text: str) -> None:
     if is_first_process():
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, which PyTorch says by a RuntimeError."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def command(name: str) -> Callable[[Callable[[list[str] | None], None]], Callable[..., None]]:
@@ -246,8 +309,12 @@ def command(name: str) -> Callable[[Callable[[list[str] | None], None]], Callabl
             try:
                 main(argv)
             except (InputError, OSError) as error:
-                line = " ".join(str(error).split())
-                sys.stderr.write(f"rq.{name}: {line}\n")
+                sys.stderr.write(_refusal(f"rq.{name}", str(error)))
+                raise SystemExit(2) from error
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                sys.stderr.write(_refusal(f"rq.{name}", f"out of memory ({told(error)}); give less, or smaller sizes"))
                 raise SystemExit(2) from error
             except KeyboardInterrupt:
                 raise SystemExit(f"rq.{name}: interrupted; unfinished outputs were removed") from None

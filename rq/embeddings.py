@@ -6,19 +6,25 @@
 N items, R rows of one chunk, S sampled rows, D dimensions.
 """
 
-import zipfile
-import zlib
+import math
+import os
+import tokenize
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from rq.files import InputError
+from rq.files import InputError, named, shown, told
 from rq.origin import Origin, Record, read_record
 
 CHUNK_BYTES = 128 * 2**20  # a chunk, its residual and its distances fit many times into the 6 GB promised
-NOT_AN_ARRAY = (ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what np.load raises on other and on broken files
+LARGEST_VALUE = 1e15  # the square of a larger one, summed over the dimensions, can be more than a float32 holds
+# What numpy raises on a header that it cannot read: it is a text in Python, and says anything.
+BROKEN_HEADER: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, SyntaxError, ArithmeticError)
+BROKEN_HEADER += (AttributeError, MemoryError, RecursionError, tokenize.TokenError)
 SCATTERED_ROWS = 2_048  # touching one row maps the 64 KiB around it: 128 MiB at most for so many
 
 
@@ -57,15 +63,20 @@ class Embeddings:
     def rows(self, which: slice | np.ndarray) -> np.ndarray:
         """A float32 copy of some rows; no mapping outlives the call, nor spans more than a few scattered rows."""
         if isinstance(which, slice):
-            return np.array(self._mapped()[which], dtype=np.float32)
+            return self._as_float32(self._mapped()[which])
         rows_RD = np.empty((len(which), self.n_dims), np.float32)  # the loop writes every row
         for start in range(0, len(which), SCATTERED_ROWS):
             part = slice(start, start + SCATTERED_ROWS)
-            rows_RD[part] = self._mapped()[which[part]]
+            rows_RD[part] = self._as_float32(self._mapped()[which[part]])
         return rows_RD
 
+    @staticmethod
+    def _as_float32(rows_RD: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+            return np.array(rows_RD, dtype=np.float32)
+
     def _mapped(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return map_npy(self.path)
 
     def sample(self, size: int, *, seed: int) -> np.ndarray:
         """Up to `size` rows (S, D) drawn without replacement, in
@@ -91,21 +102,63 @@ class Embeddings:
             self._check_chunk(start, chunk_RD)
 
     def _check_chunk(self, start: int, chunk_RD: np.ndarray) -> None:
-        # float64: a row of large finite values must not overflow to inf
-        bad = np.flatnonzero(~np.isfinite(chunk_RD.sum(axis=1, dtype=np.float64)))
+        bad = np.flatnonzero(~(np.abs(chunk_RD).max(axis=1) <= LARGEST_VALUE))
         if bad.size:
-            raise InputError(f"{self.path}: row {start + bad[0]} has a NaN or infinite value; embed that item again")
+            row_D = chunk_RD[bad[0]]
+            fault = "a NaN or infinite value" if not np.isfinite(row_D).all() else f"the value {np.abs(row_D).max():.0e}"
+            raise InputError(f"{self.path}: row {start + bad[0]} has {fault}; embed that item again")
+
+
+def read_header(file: IO[bytes], *, size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran order, and type of the .npy that `file` holds in `size` bytes; `file` stands at its numbers.
+
+    ValueError for anything else, for Python objects, and where the size is not that of the numbers: nothing is unpickled,
+    and no memory is taken for numbers that are not there.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that are written unusually
+        if (start := file.read(4)).startswith(b"PK"):
+            raise ValueError("it is an archive, .npz")
+        file.seek(-len(start), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        try:
+            shape, fortran, dtype = read(file)
+        except BROKEN_HEADER as error:
+            raise ValueError(f"its header cannot be read: {told(error)}") from error
+    if dtype.hasobject or dtype.itemsize == 0:
+        raise ValueError(f"its type is {dtype.kind!r}, which is none of numbers")
+    if any(type(length) is not int or length < 0 for length in shape):
+        raise ValueError("its shape is none")
+    came, declared = size - file.tell(), math.prod(shape) * dtype.itemsize
+    if came != declared:
+        raise ValueError(f"{came:,} bytes of numbers, its header says {shown(declared)}")
+    return shape, fortran, dtype
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """The array of an .npy file, mapped into memory for reading."""
+    try:
+        with open(path, "rb") as file:
+            shape, fortran, dtype = read_header(file, size=os.path.getsize(path))
+            start = file.tell()
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran else "C")
+    except ValueError as error:
+        raise InputError(f"{path}: not a plain .npy array ({told(error)})") from error
+
+
+def of_type(array: np.ndarray) -> str:
+    """The type and the shape of an array, for messages: 'float32 (40, 6)'."""
+    return f"{named(str(array.dtype))} {shown(array.shape)}"
 
 
 def open_embeddings(path: Path, *, n_items: int | None = None, items_from: Path | None = None) -> Embeddings:
     """Check the header of `path`: a float array (N, D), with as many rows as there are items where that is known."""
-    try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except NOT_AN_ARRAY as error:
-        raise InputError(f"{path}: not a plain .npy array ({error})") from error
-    if not isinstance(mapped, np.ndarray) or mapped.ndim != 2 or mapped.dtype.kind != "f" or 0 in mapped.shape:
-        shown = f"{mapped.dtype} {mapped.shape}" if isinstance(mapped, np.ndarray) else "an archive"
-        raise InputError(f"{path}: holds {shown}; expected floats of shape (N items, D dimensions)")
+    mapped = map_npy(path)
+    if mapped.ndim != 2 or mapped.dtype.kind != "f" or 0 in mapped.shape:
+        raise InputError(f"{path}: holds {of_type(mapped)}; expected floats of shape (N items, D dimensions)")
     if n_items is not None and len(mapped) != n_items:
         raise InputError(
             f"{path} has {len(mapped):,} rows, {items_from} has {n_items:,} items; embed that file again with rq.text2emb"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rq import command_line, publishing
 from rq.catalogue import read_items
-from rq.files import InputError
+from rq.files import InputError, check_output
 
 
 def run(argv: list[str] | None, *, name: str, documentation: str, methods: Sequence[str] | None = None) -> None:
@@ -37,16 +37,18 @@ def run(argv: list[str] | None, *, name: str, documentation: str, methods: Seque
     if flags.append and not flags.output.exists():
         raise InputError(f"--append: {flags.output} does not exist; leave --append out to make it")
     command_line.refuse_to_overwrite(flags, outputs=("codes_output",) if flags.append else ("output", "codes_output"))
+    if flags.append:
+        check_output(flags.output)
     if flags.codes_path:
         codes_NL = publishing.load_codes(flags.codes_path)
         if flags.item_file and len(codes_NL) != len(read_items(flags.item_file)):
             raise InputError(f"{flags.codes_path} has {len(codes_NL):,} rows, not as many as {flags.item_file} has items")
         publishing.publish(codes_NL, flags, quantizer=None, embeddings=None)
         return
-    from rq import quantizers
+    from rq import checkpoints, quantizers
 
     embeddings = publishing.open_data(flags)
-    quantizer = quantizers.load_checkpoint(
+    quantizer = checkpoints.load_checkpoint(
         flags.ckpt_path,
         n_dims=embeddings.n_dims,
         data_path=flags.data_path,

@@ -11,7 +11,6 @@ Inside rq a SID is a tuple of codes counted from 0, first level first; only the 
 N items, L levels.
 """
 
-import itertools
 import json
 import re
 import string
@@ -19,13 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq.files import InputError, read_json, whole_file
+from rq.catalogue import LONGEST_ID
+from rq.files import InputError, named, read_json, shown, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
 
 Sid = tuple[int, ...]
-TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]*)>")
+TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]{0,8})>")  # codes below 10^9, so that an array of int32 holds them
 
 
 def sid_tokens(codes: Sequence[int]) -> list[str]:
@@ -43,12 +43,16 @@ def sid_codes(tokens: Sequence[str], *, where: str) -> Sid:
     >>> sid_codes(["<a_12>", "<b_3>"], where="X.index.json")
     (12, 3)
     """
+    if len(tokens) > len(string.ascii_lowercase):
+        raise InputError(
+            f"{where}: {len(tokens)} tokens, expected one token per level, at most {len(string.ascii_lowercase)}"
+        )
     codes = []
-    for letter, token in itertools.zip_longest(string.ascii_lowercase[: len(tokens)], tokens):
+    for letter, token in zip(string.ascii_lowercase, tokens, strict=False):
         match = TOKEN.fullmatch(token) if isinstance(token, str) else None
         if match is None or match[1] != letter:
             raise InputError(
-                f"{where}: token {token!r}, expected '<{letter}_0>' or another code of that letter; one token per level"
+                f"{where}: token {shown(token)}, expected '<{letter}_0>' or another code of that letter; one token per level"
             )
         codes.append(int(match[2]))
     return tuple(codes)
@@ -62,12 +66,10 @@ def read_sids(path: Path) -> dict[int, Sid]:
         raise InputError(f"{path}: expected a JSON object of items, like {expected}")
     sids: dict[int, Sid] = {}
     for item, tokens in pairs:
-        if not (item.isascii() and item.isdigit()):
-            raise InputError(f"{path}: item id {item!r} is not a decimal number")
+        if not (item.isascii() and item.isdigit() and len(item) <= LONGEST_ID):
+            raise InputError(f"{path}: item id {shown(item)} is not a decimal number")
         if not isinstance(tokens, list) or not tokens:
-            raise InputError(
-                f"{path}: item {item} has {json.dumps(tokens)}, expected a list of tokens like ['<a_12>', '<b_3>']"
-            )
+            raise InputError(f"{path}: item {item} has {shown(tokens)}, expected a list of tokens like ['<a_12>', '<b_3>']")
         if int(item) in sids:
             raise InputError(f"{path}: item {item} stands twice; remove one line")
         sids[int(item)] = sid_codes(tokens, where=f"{path}: item {item}")
@@ -104,9 +106,11 @@ def check_codes(codes_NL: "np.ndarray", levels: Sequence[int], *, where: object)
     """InputError at the first code of an array (N, L) outside its codebook: `levels` (256, 64) allows 0..255, then 0..63."""
     if codes_NL.ndim != 2 or codes_NL.dtype.kind not in "iu" or codes_NL.shape[1] != len(levels):
         raise InputError(
-            f"{where}: holds {codes_NL.dtype} {codes_NL.shape}; "
+            f"{where}: holds {named(str(codes_NL.dtype))} {shown(codes_NL.shape)}; "
             f"expected whole numbers of shape (N items, {len(levels)} levels) for levels {','.join(map(str, levels))}"
         )
+    if not len(codes_NL):
+        raise InputError(f"{where}: holds no codes; expected a row for each item")
     for level, size in enumerate(levels):
         wrong = (codes_NL[:, level] < 0) | (codes_NL[:, level] >= size)
         if wrong.any():

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rq.files import InputError, whole_file
+from rq.files import InputError, named, one_line, read_json, shown, whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,11 +38,11 @@ class Origin:
 
     def in_words(self) -> str:
         """For messages: 'Qwen3-0.6B (3f2a90c1), last pooling, 512 tokens, title,brand'."""
-        parts = [f"{self.encoder} ({self.encoder_sha256[:8]})"]
-        parts += [f"{self.pooling} pooling"] if self.pooling else []
+        parts = [f"{named(self.encoder)} ({one_line(self.encoder_sha256[:8])})"]
+        parts += [f"{named(self.pooling)} pooling"] if self.pooling else []
         parts += [f"{self.max_len} tokens"] if self.max_len else []
         parts += ["rows of length 1"] if self.normalize else []
-        return ", ".join([*parts, self.fields])
+        return ", ".join([*parts, named(self.fields)])
 
     def fits(self, other: "Origin") -> bool:
         """True when embeddings of the two lie in one space."""
@@ -56,7 +56,7 @@ def origin_from(record: object, *, where: Path) -> Origin:
         raise InputError(f"{where}: expected the keys {', '.join(kinds)} of an encoder's record, as rq.text2emb writes it")
     for name, kind in kinds.items():
         if type(record[name]) is not kind:
-            raise InputError(f"{where}: {name} is {record[name]!r}, expected a value of type {kind.__name__}")
+            raise InputError(f"{where}: {name} is {shown(record[name])}, expected a value of type {kind.__name__}")
     return Origin(**record)
 
 
@@ -114,13 +114,11 @@ def read_record(npy: Path, rows_ND: "np.ndarray") -> Record | None:
     path = record_file(npy)
     if not path.exists():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        origin, texts, rows = (record[name] for name in ("origin", "texts_sha256", "rows_sha256"))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not a record of rq.text2emb ({type(error).__name__}: {error}); remove it to go without"
-        ) from error
+    record = read_json(path, expected="a record of rq.text2emb, or no such file to go without")
+    names = ("origin", "texts_sha256", "rows_sha256")
+    if not isinstance(record, dict) or not all(name in record for name in names):
+        raise InputError(f"{path}: not a record of rq.text2emb, which has {', '.join(names)}; remove it to go without")
+    origin, texts, rows = (record[name] for name in names)
     if rows != probe(rows_ND):
         raise InputError(
             f"{path} is the record of other rows than {npy} holds now; embed again with rq.text2emb, or remove the record "

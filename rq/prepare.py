@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rq import command_line, settings
 from rq.catalogue import plain, read_items
 from rq.command_line import log
-from rq.files import InputError, whole_file
+from rq.files import InputError, check_output, shown, told, whole_file
 from rq.index_file import read_sids, sid_tokens
 from rq.tables import FIELD_NAMES, Table, read_table
 from rq.timestamps import Column, read_times
@@ -35,6 +35,8 @@ CSV_COLUMNS = (
     "history_item_sid",
     "item_sid",
 )
+# Characters. Titles and ids are repeated in every history, so a file would grow out of all bounds with long ones.
+LONGEST_NAME, LONGEST_TEXT = 10_000, 1_000_000
 VALID_SHARE, TEST_SHARE = 0.1, 0.1
 
 
@@ -48,22 +50,34 @@ class Window:
     time: float  # grows with time, in whatever unit the column has
 
 
-def catalogue(metadata: "pd.DataFrame") -> dict[str, dict[str, str]]:
+def catalogue(metadata: Table) -> dict[str, dict[str, str]]:
     """{raw item id: title, description, brand, categories} of
     the items with a title; the first row of an item counts.
     """
     items: dict[str, dict[str, str]] = {}
-    for row in metadata.itertuples(index=False):
-        raw_id, title = _text(row.item), plain(_text(row.title))
+    rows = metadata.rows
+    cells = zip(rows.item, rows.title, rows.description, rows.brand, rows.categories, strict=True)
+    for number, (raw_id, title, description, brand, categories) in enumerate(cells):
+        raw_id, title = _text(raw_id), plain(_text(title))
         if raw_id and title and raw_id not in items:
-            description = row.description if isinstance(row.description, str) else _list_text(row.description)
-            items[raw_id] = {
+            item = {
                 "title": title,
-                "description": description,
-                "brand": plain(_text(row.brand)),
-                "categories": ", ".join(_flat(row.categories)),
+                "description": description if isinstance(description, str) else _list_text(description),
+                "brand": plain(_text(brand)),
+                "categories": ", ".join(_flat(categories)),
             }
+            for field, text in (("item", raw_id), *item.items()):
+                if fault := _unusable(text, most=LONGEST_TEXT if field == "description" else LONGEST_NAME):
+                    raise InputError(f"{metadata.where(number)}: {field} {shown(text)} {fault}; mend or remove it")
+            items[raw_id] = item
     return items
+
+
+def _unusable(text: str, *, most: int) -> str:
+    """Why a text can be in no file that is written, in words; '' where it can."""
+    if "\0" in text:
+        return "holds a NUL"
+    return f"has {len(text):,} characters, more than {most:,}" if len(text) > most else ""
 
 
 def _text(value: object) -> str:
@@ -74,9 +88,15 @@ def _text(value: object) -> str:
 
 
 def _flat(value: object) -> list[str]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        return [text] if (text := plain(_text(value))) else []
-    return [text for part in value for text in _flat(part)]
+    """The texts of a field, lists in lists unfolded: ["a", ["b"], None] -> ["a", "b"]."""
+    texts, waiting = [], [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Iterable) and not isinstance(part, str):
+            waiting += reversed(list(part))
+        elif text := plain(_text(part)):
+            texts.append(text)
+    return texts
 
 
 def _list_text(value: object) -> str:
@@ -104,6 +124,13 @@ def filter_interactions(table: Table, *, known_items: Iterable[str], k_core: int
 
     read = len(rows)
     rows = rows.assign(user=rows.user.map(_text), item=rows.item.map(_text), time=times.order)
+    for field in ("user", "item"):
+        bad = rows[field].map(lambda text: bool(_unusable(text, most=LONGEST_NAME)))
+        if bad.any():
+            text = rows[field][bad.idxmax()]
+            raise InputError(
+                f"{table.where(bad.idxmax())}: {field} {shown(text)} {_unusable(text, most=LONGEST_NAME)}; mend or remove it"
+            )
     keep("no user or item id", (rows.user != "") & (rows.item != ""))
     keep("no timestamp", ~times.empty[rows.index])
     unreadable = rows.time.isna()
@@ -186,7 +213,7 @@ def read_numbers(ids_file: Path) -> dict[str, int]:
             numbers = {row["raw_id"].strip(): int(row["item_id"]) for row in csv.DictReader(file)}
     except (csv.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{ids_file}: not the table of ids that this command writes ({error}); --overwrite numbers anew"
+            f"{ids_file}: not the table of ids that this command writes ({told(error)}); --overwrite numbers anew"
         ) from error
     if list(numbers.values()) != list(range(len(numbers))):
         raise InputError(f"{ids_file}: the numbers are not 0, 1, .. in order, each raw id once; --overwrite numbers anew")
@@ -317,7 +344,12 @@ def main(argv: list[str] | None = None) -> None:
         help="item, title and, where known, description, brand, categories",
     )
     add("--output_dir", type=Path, required=True, metavar="FOLDER", help="where the files go")
-    add("--name", required=True, help="what their names begin with: NAME.item.json, NAME.train.csv, ..")
+    add(
+        "--name",
+        type=command_line.plain_name,
+        required=True,
+        help="what their names begin with: NAME.item.json, NAME.train.csv, ..",
+    )
     add(
         "--index",
         type=command_line.existing,
@@ -350,6 +382,8 @@ def main(argv: list[str] | None = None) -> None:
     settings_path = settings.settings_file(flags.output_dir, flags.name)
     remembered = settings.read_settings(settings_path)
     settings.fill_in(flags, remembered, path=settings_path)
+    for ending in settings.ENDINGS:
+        check_output(flags.output_dir / f"{flags.name}.{ending}")
     names = {field: getattr(flags, f"{field}_column") for field in FIELD_NAMES}
 
     metadata = read_table(
@@ -358,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
         names=names,
         optional=("description", "brand", "categories"),
     )
-    items = catalogue(metadata.rows)
+    items = catalogue(metadata)
     interactions = read_table(flags.interactions, ("user", "item", "time"), names=names)
     rows = filter_interactions(interactions, known_items=items, k_core=flags.k_core, dayfirst=flags.dayfirst)
     kept_settings = settings.to_keep(flags, remembered, rows_kept=len(rows))

@@ -53,7 +53,7 @@ def publish(
 
 def finish(quantizer: "Quantizer", embeddings: "Embeddings", flags: argparse.Namespace) -> None:
     """What every quantizer ends in: assign all items, save the checkpoint, log the error, write codes and index."""
-    from rq import quantizers
+    from rq import checkpoints, quantizers
 
     quantizers.take_origin(quantizer, embeddings)
     codes_NL = quantizers.encode(quantizer, embeddings, progress=True)
@@ -65,7 +65,7 @@ def finish(quantizer: "Quantizer", embeddings: "Embeddings", flags: argparse.Nam
         left,
     )
     if flags.ckpt_path:
-        quantizers.save_checkpoint(quantizer, flags.ckpt_path)
+        checkpoints.save_checkpoint(quantizer, flags.ckpt_path)
         log.info("wrote %s: the quantizer, for rq.generate_indices --append", flags.ckpt_path)
     publish(codes_NL, flags, quantizer=quantizer, embeddings=embeddings)
 
@@ -210,8 +210,6 @@ def save_codes(codes_NL: "np.ndarray", path: Path | None) -> None:
 
     if path is None:
         return
-    if path.suffix != ".npy":
-        raise InputError(f"--codes_output {path}: give it a name that ends in .npy")
     with whole_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, codes_NL.astype(np.int32), allow_pickle=False)
     log.info("wrote %s: codes %s", path, codes_NL.shape)
@@ -221,15 +219,9 @@ def load_codes(path: Path) -> "np.ndarray":
     """An array of codes saved by --codes_output."""
     import numpy as np
 
-    from rq.embeddings import NOT_AN_ARRAY
+    from rq.embeddings import map_npy
 
-    try:
-        codes = np.load(path, allow_pickle=False)
-    except NOT_AN_ARRAY as error:
-        raise InputError(f"{path}: not a plain .npy array ({error})") from error
-    if not isinstance(codes, np.ndarray):
-        raise InputError(f"{path}: an archive of arrays; expected one .npy of codes")
-    return codes
+    return np.array(map_npy(path))
 
 
 def open_data(flags: argparse.Namespace) -> "Embeddings":

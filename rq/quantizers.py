@@ -1,32 +1,28 @@
-"""The one quantizer behind all five methods: encoder -> residual codebooks -> decoder, and its checkpoint.
+"""The one quantizer behind all five methods: encoder -> residual codebooks -> decoder.
 
 The k-means family has the identity for encoder and decoder; RQ-VAE and RQ-KMeans+ put networks there.
 
-    quantizer = load_checkpoint(Path("Shop.rqkmeans"))
+    quantizer = load_checkpoint(Path("Shop.rqkmeans"))    # rq.checkpoints
     codes_NL = quantizer.codes(x_ND)          # [[12, 3, 255], [7, 0, 31]]: item 0 is nearest to codeword 12 of level 1, ..
     quantizer.reconstruction(codes_NL)        # (N, D): the sums of the codewords, decoded
 
 N items, R rows of a chunk, L levels, K centroids of a level, D input dimensions, Z latent dimensions, B beams.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from rq.clustering import sinkhorn_prices, squared_distances
-from rq.embeddings import NOT_AN_ARRAY, Embeddings
-from rq.files import InputError, whole_path
-from rq.origin import Origin, check_fit, origin_from
+from rq.embeddings import Embeddings
+from rq.files import InputError, named, told
+from rq.origin import Origin, check_fit
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 NETWORK_METHODS = ("rqvae", "rqkmeans_plus")
 METHODS = ("rqkmeans", "rqkmeans_constrained", "rqfaiss", *NETWORK_METHODS)
 REVIVED_CODES_SHIFT = 1e-3  # revived codes land beside, not on, a row, so two of them never coincide
@@ -296,10 +292,11 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).tolist()  # a device without memory, such as meta, has no values
+    except (RuntimeError, AssertionError, ImportError) as error:
+        first_line = Exception((str(error).splitlines() or [""])[0])
         raise InputError(
-            f"--device {name}: not usable here ({str(error).splitlines()[0]}); give --device cpu or auto"
+            f"--device {named(name)}: not usable here ({told(first_line)}); give --device cpu or auto"
         ) from error
     return name
 
@@ -312,69 +309,3 @@ def is_of_these(quantizer: Quantizer, embeddings: Embeddings, *, checkpoint: Pat
 def take_origin(quantizer: Quantizer, embeddings: Embeddings) -> None:
     """Let the checkpoint say which encoder the embeddings it was trained on are of."""
     quantizer.design = replace(quantizer.design, origin=embeddings.origin)
-
-
-def save_checkpoint(quantizer: Quantizer, folder: Path) -> None:
-    """Write model.safetensors and config.json into `folder`, both or neither; no pickle."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in quantizer.state_dict().items()}
-    with whole_path(folder) as temporary:
-        temporary.mkdir()
-        save_file(tensors, temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(json.dumps(asdict(quantizer.design), indent=1) + "\n", encoding="utf-8")
-
-
-def load_checkpoint(
-    path: Path, *, n_dims: int | None = None, data_path: Path | None = None, device: str = "cpu"
-) -> Quantizer:
-    """The quantizer saved in a folder, or one of the plain codebooks `codebook_0 .. codebook_{L-1}` of an .npz file."""
-    quantizer = _load_codebooks(path) if path.suffix == ".npz" else _load_folder(path)
-    if n_dims is not None and quantizer.design.n_dims != n_dims:
-        raise InputError(
-            f"{path}: made for embeddings of {quantizer.design.n_dims} dimensions, {data_path} has {n_dims}; "
-            "give the embeddings it was trained on, or train again"
-        )
-    return quantizer.to(device).eval()
-
-
-def _load_folder(folder: Path) -> Quantizer:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"{folder}: not a quantizer checkpoint ({error}); expected a folder with {CONFIG} and {WEIGHTS}"
-        ) from error
-    try:
-        if config.get("origin"):
-            config["origin"] = origin_from(config["origin"], where=folder / CONFIG)
-        design = Design(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
-    except (AttributeError, TypeError) as error:
-        raise InputError(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
-    if design.method not in METHODS:
-        raise InputError(f"{folder / CONFIG}: method {design.method!r} is none of {', '.join(METHODS)}")
-    try:
-        quantizer = Quantizer(design)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder / CONFIG}: {error}; expected the config.json that rq writes") from error
-    expected = quantizer.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
-        came = tuple(tensors[name].shape) if name in tensors else "no such tensor"
-        if wanted != came:
-            raise InputError(
-                f"{folder / WEIGHTS}: {name} is {came}, {CONFIG} asks for {wanted}; the two are not of one checkpoint"
-            )
-    quantizer.load_state_dict(tensors)
-    return quantizer.requires_grad_(design.method in NETWORK_METHODS)
-
-
-def _load_codebooks(path: Path) -> Quantizer:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            codebooks = [archive[f"codebook_{level}"] for level in range(len(archive.files))]
-    except (*NOT_AN_ARRAY, KeyError, OSError, TypeError) as error:
-        raise InputError(f"{path}: {error}; expected arrays codebook_0, codebook_1, .. of shape (K, D)") from error
-    if not codebooks or any(book.ndim != 2 or book.shape[1] != codebooks[0].shape[1] for book in codebooks):
-        raise InputError(f"{path}: shapes {[book.shape for book in codebooks]}; expected (K, D) with one D for every level")
-    design = Design("rqkmeans", codebooks[0].shape[1], tuple(len(book) for book in codebooks))
-    return quantizer_from_codebooks(design, [book.astype(np.float32) for book in codebooks])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from rq import command_line
 from rq.command_line import log
-from rq.files import InputError, whole_file, whole_path
+from rq.files import InputError, one_line, whole_file, whole_path
 from rq.index_file import Sid, check_codes, read_sids
 from rq.publishing import MEASURED_ITEMS
 
@@ -36,7 +36,7 @@ class Level:
 
     size: int
     items: int
-    uses_K: "np.ndarray"  # times each code is used, most used first, K of them
+    uses_K: "np.ndarray"  # times each code that is used at all is used, most used first
     used: int
     perplexity: float
     gini: float
@@ -73,13 +73,17 @@ def perplexity(uses_K: "np.ndarray") -> float:
     return float(np.exp(-(share_K * np.log(share_K)).sum()))
 
 
-def gini(uses_K: "np.ndarray") -> float:
-    """Inequality of code use, dead codes included: 0 when all are used alike, (K - 1) / K when one has everything."""
+def gini(uses_K: "np.ndarray", size: int | None = None) -> float:
+    """Inequality of code use, dead codes included: 0 when all are used alike, (K - 1) / K when one has everything.
+
+    `size` is that of the codebook where `uses_K` leaves dead codes out.
+    """
     import numpy as np
 
     ascending_K = np.sort(uses_K)
-    size = len(ascending_K)
-    return float((2 * np.arange(1, size + 1) - size - 1) @ ascending_K / (size * ascending_K.sum()))
+    size = size or len(ascending_K)
+    rank_K = np.arange(size - len(ascending_K) + 1, size + 1, dtype=np.float64)
+    return float((2 * rank_K - size - 1) @ ascending_K / (float(size) * ascending_K.sum()))
 
 
 def level_use(codes_N: "np.ndarray", size: int | None) -> Level:
@@ -89,8 +93,8 @@ def level_use(codes_N: "np.ndarray", size: int | None) -> Level:
     import numpy as np
 
     size = size or int(codes_N.max()) + 1
-    uses_K = np.sort(np.bincount(codes_N, minlength=size))[::-1]
-    return Level(size, len(codes_N), uses_K, int((uses_K > 0).sum()), perplexity(uses_K), gini(uses_K))
+    uses_K = np.sort(np.unique(codes_N, return_counts=True)[1])[::-1]
+    return Level(size, len(codes_N), uses_K, len(uses_K), perplexity(uses_K), gini(uses_K, size))
 
 
 def describe(name: str, index: dict[int, Sid], *, sizes: tuple[int, ...] | None) -> Report:
@@ -147,9 +151,9 @@ def add_errors(report: Report, index: dict[int, Sid], embeddings: "Embeddings", 
     report.refitted = refitted_errors(x_RD, codes_NL[measured])
     if checkpoint is None:
         return
-    from rq import quantizers
+    from rq import checkpoints, quantizers
 
-    quantizer = quantizers.load_checkpoint(checkpoint, n_dims=embeddings.n_dims, data_path=embeddings.path)
+    quantizer = checkpoints.load_checkpoint(checkpoint, n_dims=embeddings.n_dims, data_path=embeddings.path)
     quantizers.is_of_these(quantizer, embeddings, checkpoint=checkpoint)
     check_codes(codes_NL, quantizer.design.levels, where=report.name)
     report.own_mse = quantizers.squared_error(quantizer, x_RD, codes_NL[measured])
@@ -202,6 +206,7 @@ def draw(reports: list[Report], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a file is a $
     import numpy as np
     from matplotlib import pyplot as plt
     from matplotlib.figure import Figure
@@ -216,10 +221,7 @@ def draw(reports: list[Report], path: Path) -> None:
         for number, report in enumerate(reports):
             if at < len(report.levels):
                 uses_K = report.levels[at].uses_K
-                alive_K = uses_K[uses_K > 0]
-                axes.step(
-                    np.arange(1, len(alive_K) + 1), alive_K, where="mid", color=colours[number % 10], label=report.name
-                )
+                axes.step(np.arange(1, len(uses_K) + 1), uses_K, where="mid", color=colours[number % 10], label=report.name)
         axes.set(title=f"level {LETTERS[at]}", xlabel="code, most used first", yscale="log")
         axes.grid(alpha=0.25)
     top.axes[0].set_ylabel("items per code")
@@ -305,9 +307,10 @@ def _draw_errors(axes: "Axes", reports: list[Report], colours: Sequence) -> None
 
 def short_names(paths: list[Path]) -> list[str]:
     """File names without `.index.json`; with their folder where two would read alike."""
-    names = [path.name.removesuffix(".json").removesuffix(".index") for path in paths]
+    names = [one_line(path.name.removesuffix(".json").removesuffix(".index")) for path in paths]
     return [
-        name if names.count(name) == 1 else f"{path.parent.name}/{name}" for name, path in zip(names, paths, strict=True)
+        name if names.count(name) == 1 else one_line(f"{path.parent.name}/{name}")
+        for name, path in zip(names, paths, strict=True)
     ]
 
 
@@ -341,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, index, checkpoint in zip(short_names(flags.index), indexes, checkpoints, strict=True):
         sizes = flags.levels
         if checkpoint and not sizes:
-            from rq.quantizers import load_checkpoint
+            from rq.checkpoints import load_checkpoint
 
             sizes = load_checkpoint(checkpoint).design.levels
         report = describe(name, index, sizes=sizes)

@@ -44,7 +44,12 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> faiss's residual codebooks -> index."""
     parser = command_line.parser("rqfaiss", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output"))
-    parser.add_argument("--beam", type=command_line.at_least(1), default=5, help="partial codes kept at each level (5)")
+    parser.add_argument(
+        "--beam",
+        type=command_line.at_least(1, most=command_line.MOST_BEAMS),
+        default=5,
+        help="partial codes kept at each level (5)",
+    )
     flags = parser.parse_args(argv)
     command_line.single_process("rqfaiss")
     command_line.refuse_to_overwrite(flags)

@@ -22,13 +22,13 @@ def add_balance_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of balanced clusters, for this command and rq.rqkmeans_plus."""
     parser.add_argument(
         "--slack",
-        type=command_line.at_least(0, kind=float),
+        type=command_line.at_least(0, kind=float, most=1),
         default=0.2,
         help="cluster sizes within N/K (1 -+ slack) (0.2)",
     )
     parser.add_argument(
         "--sinkhorn_epsilon",
-        type=command_line.at_least(1e-4, kind=float),
+        type=command_line.at_least(1e-4, kind=float, most=1e4),
         default=0.02,
         help="blur of the balance, a share of the mean distance (0.02)",
     )

@@ -14,7 +14,12 @@ def main(argv: list[str] | None = None) -> None:
     """Embeddings -> trained autoencoder -> index; several GPUs with `accelerate launch -m rq.rqvae ..`."""
     parser = command_line.parser("rqvae", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output"))
     training_flags.add(parser, hidden=(512,), learning_rate=2e-3, epochs=200)
-    parser.add_argument("--latent", type=command_line.at_least(1), default=256, help="dimensions that are quantized (256)")
+    parser.add_argument(
+        "--latent",
+        type=command_line.at_least(1, most=command_line.WIDEST_LAYER),
+        default=256,
+        help="dimensions that are quantized (256)",
+    )
     flags = parser.parse_args(argv)
     epsilons = training_flags.sinkhorn_epsilons(flags)
     if len(epsilons) != len(flags.levels):

@@ -11,11 +11,21 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from rq.files import InputError
+from rq.files import InputError, read_json, shown
 from rq.tables import FIELD_NAMES
 
 log = logging.getLogger("rq.settings")
 
+# What rq.prepare writes: NAME.item.json and so on.
+ENDINGS = (
+    "item.json",
+    "item_ids.csv",
+    "prepare.json",
+    "train.csv",
+    "valid.csv",
+    "test.csv",
+    "info.txt",
+)  # NAME.item.json, ..
 SPLITS = ("global", "leave_one_out")
 COLUMNS = tuple(f"{field}_column" for field in FIELD_NAMES)
 DEFAULTS: dict[str, object] = {
@@ -53,16 +63,14 @@ def read_settings(path: Path) -> dict[str, object] | None:
     """The settings of the run before; None where it left none."""
     if not path.exists():
         return None
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        wrong = next((name for name, good in _GOOD.items() if not good(kept[name])), None)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    kept = read_json(path, expected="the settings of rq.prepare, or no such file and the flags of the first run again")
+    if not isinstance(kept, dict) or (lacking := next((name for name in _GOOD if name not in kept), None)):
+        fault = f"{lacking} is missing" if isinstance(kept, dict) else f"they are {shown(kept)}"
         raise InputError(
-            f"{path}: not settings of rq.prepare ({type(error).__name__}: {error}); "
-            "remove the file, and give the flags of the first run again"
-        ) from error
-    if wrong:
-        raise InputError(f"{path}: {wrong} is {kept[wrong]!r}; mend it, or remove the file and give the flags again")
+            f"{path}: not settings of rq.prepare ({fault}); remove the file, and give the flags of the first run again"
+        )
+    if wrong := next((name for name, good in _GOOD.items() if not good(kept[name])), None):
+        raise InputError(f"{path}: {wrong} is {shown(kept[wrong])}; mend it, or remove the file and give the flags again")
     return kept
 
 

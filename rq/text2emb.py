@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING
 from rq import command_line
 from rq.catalogue import TEXT_FIELDS, item_text, read_items
 from rq.command_line import log
-from rq.files import InputError, whole_path
-from rq.origin import Origin, sha256_of, sha256_of_weights, write_record
+from rq.files import InputError, check_output, one_line, read_json, reserve, shown, told, whole_path
+from rq.origin import Origin, record_file, sha256_of, sha256_of_weights, write_record
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+MOST_NAMED = 200  # characters of the encoder's name in a message, which may be a path
+# What transformers raises on the files of an encoder that are not as it expects them.
+BROKEN_ENCODER = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
 ROWS_AT_ONCE = 8_192  # texts tokenized, sorted by length and embedded together
 VOCABULARY, WEIGHTS = "vocabulary.json", "tfidf.safetensors"
 
@@ -41,7 +44,7 @@ def fit_tfidf(texts: Sequence[str], *, n_dims: int, seed: int) -> tuple[list[str
     try:
         weights_NV = vectorizer.fit_transform(texts)
     except ValueError as error:
-        raise InputError(f"no text to fit TF-IDF on ({error}); check --fields") from error
+        raise InputError(f"no text to fit TF-IDF on ({told(error)}); check --fields") from error
     possible = min(n_dims, *weights_NV.shape)
     if possible < n_dims:
         log.info("%s dimensions instead of %s: no more in %s texts of %s words", possible, n_dims, *weights_NV.shape)
@@ -58,26 +61,42 @@ def fit_tfidf(texts: Sequence[str], *, n_dims: int, seed: int) -> tuple[list[str
 def save_tfidf(folder: Path, words: Sequence[str], idf_V: "np.ndarray", components_DV: "np.ndarray") -> None:
     """Keep a fitted TF-IDF encoder as JSON and safetensors."""
     import numpy as np
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     with whole_path(folder) as temporary:
         temporary.mkdir()
         (temporary / VOCABULARY).write_text(json.dumps(list(words), ensure_ascii=False), encoding="utf-8")
         tensors = {"idf": idf_V.astype(np.float32), "components": np.ascontiguousarray(components_DV, dtype=np.float32)}
-        save_file(tensors, temporary / WEIGHTS)
+        (temporary / WEIGHTS).write_bytes(save(tensors))  # save_file would give the rights 0600, whatever the umask
 
 
 def load_tfidf(folder: Path) -> tuple[list[str], "np.ndarray", "np.ndarray"]:
     """What save_tfidf kept."""
+    import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    expected = "expected a TF-IDF encoder saved by rq.text2emb"
+    words = read_json(folder / VOCABULARY, expected=f"the words of {expected.removeprefix('expected ')}")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise InputError(f"{folder / VOCABULARY}: holds {shown(words)}; {expected}")
+    if len(set(words)) < len(words):
+        raise InputError(f"{folder / VOCABULARY}: a word stands twice; {expected}")
     try:
-        words = json.loads((folder / VOCABULARY).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-        return words, tensors["idf"], tensors["components"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise InputError(f"{folder}: not a TF-IDF encoder saved by rq.text2emb ({error})") from error
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS}: {told(error)}; {expected}") from error
+    idf_V, components_DV = (tensors.get(name, np.empty(0)) for name in ("idf", "components"))
+    for name, array, shape in (
+        ("idf", idf_V, (len(words),)),
+        ("components", components_DV, (len(components_DV), len(words))),
+    ):
+        if array.dtype != np.float32 or array.shape != shape or not array.size or not np.isfinite(array).all():
+            raise InputError(
+                f"{folder / WEIGHTS}: {name} is {array.dtype} {shown(array.shape)}, and not finite numbers for each of "
+                f"{len(words):,} words; {expected}"
+            )
+    return words, idf_V, components_DV
 
 
 def embed_with_tfidf(
@@ -117,7 +136,9 @@ def choose_pooling(encoder: str, config: object) -> str:
     except OSError:  # an encoder without this file, or without a connection to look for it
         found = None
     if found:
-        modes = json.loads(Path(found).read_text(encoding="utf-8"))
+        modes = read_json(Path(found), expected="the settings of sentence-transformers, or --pooling")
+        if not isinstance(modes, dict):
+            raise InputError(f"{found}: holds {shown(modes)}; expected the settings of sentence-transformers, or --pooling")
         for mode, pooling in (("lasttoken", "last"), ("cls_token", "first"), ("mean_tokens", "mean")):
             if modes.get(f"pooling_mode_{mode}"):
                 return pooling
@@ -135,13 +156,16 @@ class HuggingFaceEncoder:
         from transformers.utils import cached_file
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-            model = AutoModel.from_pretrained(name, dtype=dtype)
+            model = AutoModel.from_pretrained(name, dtype=dtype, trust_remote_code=False)
             self.folder = Path(cached_file(name, "config.json")).parent
-        except (OSError, ValueError, SafetensorError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise InputError(f"--encoder {name}: {first_line} Expected tfidf, a folder, or a Hugging Face name") from error
+        except BROKEN_ENCODER + (SafetensorError,) as error:
+            first_line = Exception((str(error).strip().splitlines() or [type(error).__name__])[0])
+            raise InputError(
+                f"--encoder {one_line(name)[:MOST_NAMED]}: {told(first_line)} "
+                "Expected tfidf, a folder, or a Hugging Face name"
+            ) from error
         config = model.config
         self.model = (model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model).to(device).eval()
         self.n_dims = config.hidden_size
@@ -218,6 +242,7 @@ def write_tfidf(texts: Sequence[str], flags: argparse.Namespace) -> None:
     words, idf_V, components_DV = fitted
     with whole_path(flags.output) as temporary:
         rows_ND = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(len(texts), len(components_DV)))
+        reserve(temporary)
         embed_with_tfidf(texts, rows_ND, words=words, idf_V=idf_V, components_DV=components_DV)
         unknown = sum(bool(text) for text, row_D in zip(texts, rows_ND, strict=True) if not row_D.any())
         if unknown:
@@ -266,6 +291,7 @@ def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
         shape = (len(texts), encoder.n_dims)
         if state.is_main_process:
             np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape).flush()
+            reserve(temporary)
         state.wait_for_everyone()
         rows_ND = np.lib.format.open_memmap(temporary, mode="r+")
         bounds = np.linspace(0, len(texts), state.num_processes + 1).astype(int).tolist()
@@ -333,6 +359,9 @@ def main(argv: list[str] | None = None) -> None:
     if flags.output.suffix != ".npy":
         raise InputError(f"--output {flags.output}: give it a name that ends in .npy")
     command_line.refuse_to_overwrite(flags, outputs=("output",))
+    check_output(record_file(flags.output))
+    if flags.encoder == "tfidf":
+        check_output(flags.output.with_suffix(".tfidf"), folder_of=(VOCABULARY, WEIGHTS))
 
     fields = [field for field in flags.fields.split(",") if field]
     flags.fields = ",".join(fields)

@@ -4,12 +4,12 @@ Only the order counts: numbers stay in the unit they came in, dates written as t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rq.files import InputError
+from rq.files import InputError, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,11 @@ class Column:
 
     def shown(self, row: int) -> str:
         """A cell and where it stands, for a message: "orders.csv:9: 'soon'"."""
-        return f"{self.where(row)}: {str(self.cells[row])[:60]!r}"
+        try:
+            cell = str(self.cells[row])
+        except (ValueError, NotImplementedError):  # Parquet has room for any year
+            cell = "a moment far away"
+        return f"{self.where(row)}: {shown(cell)}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def read_times(column: Column, *, dayfirst: bool | None = None) -> Reading:
         if numeric.any():
             formats = {"a number": numeric.idxmax(), **formats}
         if len(formats) > 1:
-            _contradict(column, formats)
+            _contradict(column, formats.items())
         if numeric.any():
             _refuse_rounded(column, present[numeric])
             order, reading = _numbers(column, pd.to_numeric(present[numeric]))
@@ -120,11 +124,11 @@ def _text(cell: object) -> str:
     return "" if cell is None else str(cell).strip().lower()
 
 
-def _contradict(column: Column, kinds: dict[str, int]) -> NoReturn:
-    """Refuse a column whose rows are of two kinds, {kind in words: a row}."""
-    (one, row), (other, other_row) = list(kinds.items())[:2]
+def _contradict(column: Column, kinds: Iterable[tuple[str, int]]) -> NoReturn:
+    """Refuse a column whose rows are of two kinds, (kind in words, a row) each; the words may be the same."""
+    (one, row), (other, other_row), *_ = kinds
     raise InputError(
-        f"column {column.name!r} holds two kinds of timestamps: {column.shown(row)} ({one}) and "
+        f"column {shown(column.name)} holds two kinds of timestamps: {column.shown(row)} ({one}) and "
         f"{column.shown(other_row)} ({other}); write all rows in one way, or empty the cells that cannot be mended"
     )
 
@@ -132,13 +136,13 @@ def _contradict(column: Column, kinds: dict[str, int]) -> NoReturn:
 def _refuse_if_not_understood(column: Column, *, unreadable: "pd.Series", present: "pd.Series") -> None:
     if not present.any():
         raise InputError(
-            f"column {column.name!r}: every cell is empty, the first at {column.where(present.index[0])}; {EXPECTED}; "
+            f"column {shown(column.name)}: every cell is empty, the first at {column.where(present.index[0])}; {EXPECTED}; "
             "name another column by --time_column"
         )
     count = int(unreadable.sum())
     if count > MOST_UNREADABLE * int(present.sum()):
         raise InputError(
-            f"{column.shown(unreadable.idxmax())} in column {column.name!r} cannot be read as a time, one such cell "
+            f"{column.shown(unreadable.idxmax())} in column {shown(column.name)} cannot be read as a time, one such cell "
             f"of {count:,} among {int(present.sum()):,}; {EXPECTED}; mend the cells, or name another column by --time_column"
         )
 
@@ -158,7 +162,7 @@ def _numbers(column: Column, numbers: "pd.Series") -> tuple["pd.Series", str]:
     jumps = (ascending / ascending.shift() > LARGEST_JUMP) & (ascending >= LARGEST_POSITION)
     if jumps.any():
         at = int(jumps.to_numpy().argmax())
-        _contradict(column, {_meaning(ascending.iloc[i]): ascending.index[i] for i in (at - 1, at)})
+        _contradict(column, [(_meaning(ascending.iloc[i]), ascending.index[i]) for i in (at - 1, at)])
     middle = float(ascending.iloc[len(ascending) // 2]) if len(ascending) else 0.0
     order = numbers.astype("Float64" if numbers.dtype.kind == "f" else "Int64")
     if middle < LARGEST_POSITION:
@@ -181,7 +185,8 @@ def _refuse_rounded(column: Column, texts: "pd.Series") -> None:
         finest_s = min(finest_s, step / UNITS[_unit(float(text))])
     if len(short) and finest_s > COARSEST_S:
         raise InputError(
-            f"{column.shown(short.index[0])} in column {column.name!r} was rounded, as a spreadsheet does; write all digits"
+            f"{column.shown(short.index[0])} in column {shown(column.name)} was rounded, as a spreadsheet does; "
+            "write all digits"
         )
 
 
@@ -235,7 +240,7 @@ def _match_dates(
             continue
         name, match = found
         if len(match["year"]) == 2:
-            raise InputError(f"{column.shown(row)} in column {column.name!r} has a year of two digits; write four")
+            raise InputError(f"{column.shown(row)} in column {shown(column.name)} has a year of two digits; write four")
         if name == "numbers":
             numbered[text] = (row, match)
             name = f"numbers with {match['sep']!r}"
@@ -244,7 +249,7 @@ def _match_dates(
         formats.setdefault(name, row)
         zones.setdefault("with a time zone" if match["zone"] else "without a time zone", row)
     if len(formats) == 1 and len(zones) > 1:
-        _contradict(column, zones)
+        _contradict(column, zones.items())
     return moments, formats, numbered
 
 
@@ -278,18 +283,19 @@ def _day_is_first(column: Column, numbered: dict[str, tuple[int, re.Match]], *, 
         elif first != other and open_row is None:
             open_row = row
     if len(rows) > 1:
-        _contradict(column, rows)
+        _contradict(column, rows.items())
     if dayfirst is None:
         if not rows and open_row is not None:
             raise InputError(
-                f"{column.shown(open_row)} in column {column.name!r}: day or month first? No row decides it; "
+                f"{column.shown(open_row)} in column {shown(column.name)}: day or month first? No row decides it; "
                 "give --dayfirst True or --dayfirst False"
             )
         return "day first" in rows
     if rows and ("day first" in rows) != dayfirst:
         (kind, row), *_ = rows.items()
         raise InputError(
-            f"--dayfirst {dayfirst}, but {column.shown(row)} in column {column.name!r} has the {kind}; leave --dayfirst out"
+            f"--dayfirst {dayfirst}, but {column.shown(row)} in column {shown(column.name)} has the {kind}; "
+            "leave --dayfirst out"
         )
     return dayfirst
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list
 from tqdm import tqdm
 
-from rq import clustering, quantizers
+from rq import checkpoints, clustering, quantizers
 from rq.embeddings import Embeddings
 from rq.files import InputError
 from rq.quantizers import Quantizer
@@ -159,7 +159,7 @@ def cosine(progress: float) -> float:
 def save_best(quantizer: Quantizer, path: Path | None, *, is_main: bool) -> None:
     """Keep the best so far on disk, so that a run cut short can be resumed."""
     if path is not None and is_main:
-        quantizers.save_checkpoint(quantizer, path)
+        checkpoints.save_checkpoint(quantizer, path)
 
 
 def revive(
@@ -186,12 +186,12 @@ def revive(
 
 def resume(flags: argparse.Namespace, *, method: str, embeddings: Embeddings) -> Quantizer:
     """The quantizer of --resume_from_checkpoint, refused when its method, levels or encoder are not those of this run."""
-    quantizer = quantizers.load_checkpoint(flags.resume_from_checkpoint, n_dims=embeddings.n_dims, data_path=flags.data_path)
+    resumed = flags.resume_from_checkpoint
+    quantizer = checkpoints.load_checkpoint(resumed, n_dims=embeddings.n_dims, data_path=flags.data_path)
     if quantizer.design.method != method or quantizer.design.levels != flags.levels:
         raise InputError(
-            f"{flags.resume_from_checkpoint}: "
-            f"a {quantizer.design.method} of levels {','.join(map(str, quantizer.design.levels))}, "
+            f"{resumed}: a {quantizer.design.method} of levels {','.join(map(str, quantizer.design.levels))}, "
             f"this run is {method} of {','.join(map(str, flags.levels))}"
         )
-    quantizers.is_of_these(quantizer, embeddings, checkpoint=flags.resume_from_checkpoint)
+    quantizers.is_of_these(quantizer, embeddings, checkpoint=resumed)
     return quantizer

@@ -70,7 +70,7 @@ def test_a_mistyped_flag_ends_in_one_line_that_names_the_right_one():
 def test_a_missing_flag_and_a_wrong_type_are_one_line_each(embeddings):
     assert "arguments are required: --data_path" in refusal(rqkmeans.main, "--output", "X.index.json")
     told = refusal(rqkmeans.main, "--data_path", embeddings, "--output", "X.index.json", "--seed", "x")
-    assert told == "rq.rqkmeans: argument --seed: invalid int value: 'x'"
+    assert told == "rq.rqkmeans: argument --seed: 'x' is not a whole number"
 
 
 @pytest.mark.parametrize("module", QUANTIZERS)

@@ -10,7 +10,7 @@ import pytest
 from refusals import refusal
 
 from rq import generate_indices, report, rqkmeans, rqvae, text2emb
-from rq.quantizers import load_checkpoint
+from rq.checkpoints import load_checkpoint
 
 WORDS = ["steel", "drill", "bit", "glue", "red", "blue", "small", "large", "tape", "saw"]
 QUICK = ["--epochs", "1", "--hidden", "8", "--latent", "4"]
@@ -138,9 +138,9 @@ def test_embeddings_of_other_texts_than_the_item_file_holds_are_refused(shop):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "not a record of rq.text2emb"),
+        ("{", "not JSON"),
         ("[]", "not a record of rq.text2emb"),
-        ("{}", "not a record of rq.text2emb (KeyError"),
+        ("{}", "not a record of rq.text2emb, which has origin"),
         (None, "encoder.json: max_len is 'long', expected a value of type int"),
     ],
 )
@@ -171,9 +171,9 @@ def test_broken_arrays_checkpoints_and_encoders_are_one_line_each(shop):
         assert "expected arrays codebook_0" in told
     assert "broken.npy: not a plain .npy array" in refusal(generate_indices.main, *paths(shop, "broken.npy", "Y.index.json"))
     told = refusal(generate_indices.main, f"--codes_path={shop / 'codes.npy'}", "--levels=8,8", index)
-    assert "codes.npy: an archive of arrays" in told
+    assert "codes.npy: not a plain .npy array (it is an archive, .npz)" in told
     (shop / "c/config.json").write_text('{"method": "rqkmeans", "n_dims": "x", "levels": [8, 8]}')
     told = refusal(generate_indices.main, *paths(shop, "E.npy", "Y.index.json"))
     assert "config.json: " in told
-    assert "expected the config.json that rq writes" in told
+    assert "n_dims is 'x'; expected a number of dimensions, as rq writes it" in told
     assert not (shop / "Y.index.json").exists()

@@ -266,6 +266,7 @@ CONTRADICTIONS = [
     ([1452643200000, 1452643200001, 1452643200000000], "milliseconds since 1970", "microseconds since 1970", ()),
     ([20160113, 20160114, 1452729600], "YYYYMMDD", "seconds since 1970", ()),
     ([1, 2, 1452729600], "'2' (a small number)", "seconds since 1970", ()),
+    ([100_000, 100_001, 50_000_000], "'100001' (a small number)", "'50000000' (a small number)", ()),
     (["1452643200", "2016-01-13", "2016-01-14"], "'1452643200' (a number)", "'2016-01-13' (year first)", (2, 3)),
     (["20160113", "2016-01-14", "2016-01-15"], "a number", "year first", (2, 3)),
     (["2016-01-13", "14/01/2016", "2016-01-15"], "year first", "numbers with '/'", (2, 3)),
@@ -469,6 +470,13 @@ def test_a_line_that_is_no_json_is_named(tables, tmp_path):
     assert "broken.jsonl:2: expected one JSON object a line" in refusal({**tables, "items": broken}, tmp_path / "out")
 
 
+def test_a_column_of_categories_is_read_as_any_other(tables, tmp_path):
+    frame = pd.DataFrame(ROWS[:6], columns=["user_id", "item_id", "timestamp"]).astype({"user_id": "category"})
+    frame.astype({"item_id": "category"}).to_parquet(tmp_path / "i.parquet")
+    run({**tables, "interactions": tmp_path / "i.parquet"}, tmp_path / "out")
+    assert (tmp_path / "out/X.item_ids.csv").read_text() == "raw_id,item_id\np,0\nq,1\nr,2\n"
+
+
 def saved_settings(folder: Path) -> dict:
     return json.loads((folder / "X.prepare.json").read_text())
 
@@ -552,9 +560,9 @@ def test_outputs_without_settings_are_told_of_and_so_are_items_in_no_row(tables,
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{", "not settings of rq.prepare"),
+        ("{", "not JSON"),
         ("[1]", "not settings of rq.prepare"),
-        ('{"k_core": 1}', "KeyError"),
+        ('{"k_core": 1}', "user_column is missing"),
         (None, "k_core is 'x'"),
     ],
 )

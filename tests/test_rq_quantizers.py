@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from rq import (
+    checkpoints,
     clustering,
     embeddings,
     quantizers,
@@ -228,8 +229,8 @@ def test_kmeans_initialisation_happens_once_and_survives_reload(clustered, tmp_p
     training.initialise(quantizer, clustered, seed=0)
     start = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
     assert start["residual.codebooks.0"].abs().sum() > 0
-    quantizers.save_checkpoint(quantizer, tmp_path / "c")
-    again = quantizers.load_checkpoint(tmp_path / "c")
+    checkpoints.save_checkpoint(quantizer, tmp_path / "c")
+    again = checkpoints.load_checkpoint(tmp_path / "c")
     assert bool(again.residual.initialised)
     training.initialise(again, clustered, seed=99)
     for name, tensor in again.state_dict().items():
@@ -326,7 +327,7 @@ def test_every_method_goes_from_embeddings_to_an_index_and_a_checkpoint_without_
     assert saved.dtype == np.int32
     assert (saved.max(axis=0) < [8, 4, 16]).all()
     assert sorted(path.name for path in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
-    again = quantizers.load_checkpoint(checkpoint)
+    again = checkpoints.load_checkpoint(checkpoint)
     np.testing.assert_array_equal(again.codes(np.load(data_path)), saved)
 
 
@@ -351,27 +352,29 @@ def test_training_resumes_from_a_checkpoint_of_its_own_kind_only(data_path, tmp_
 
 def test_a_checkpoint_of_another_shape_is_one_line(clustered, tmp_path):
     folder = tmp_path / "c"
-    quantizers.save_checkpoint(rqkmeans.fit(clustered, (8, 8), seed=0), folder)
+    checkpoints.save_checkpoint(rqkmeans.fit(clustered, (8, 8), seed=0), folder)
     with pytest.raises(InputError, match="made for embeddings of 16 dimensions, E.npy has 32"):
-        quantizers.load_checkpoint(folder, n_dims=32, data_path=Path("E.npy"))
+        checkpoints.load_checkpoint(folder, n_dims=32, data_path=Path("E.npy"))
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "residual.codebooks.1": torch.zeros(9, 16)}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"residual.codebooks.1 is \(9, 16\), config.json asks for \(8, 16\)"):
-        quantizers.load_checkpoint(folder)
+    with pytest.raises(
+        InputError, match=r"residual.codebooks.1 is float32 \(9, 16\), config.json asks for float32 \(8, 16\)"
+    ):
+        checkpoints.load_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "colour": 3}))
     with pytest.raises(InputError, match="colour"):
-        quantizers.load_checkpoint(folder)
+        checkpoints.load_checkpoint(folder)
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match="expected a folder with config.json and model.safetensors"):
-        quantizers.load_checkpoint(folder)
+        checkpoints.load_checkpoint(folder)
 
 
 def test_codebooks_of_an_npz_are_a_quantizer_too(clustered, tmp_path):
     quantizer = rqkmeans.fit(clustered, (8, 4), seed=0)
     books = {f"codebook_{level}": book.numpy() for level, book in enumerate(quantizer.residual.codebooks)}
     np.savez(tmp_path / "X.codebooks.npz", **books)
-    again = quantizers.load_checkpoint(tmp_path / "X.codebooks.npz")
+    again = checkpoints.load_checkpoint(tmp_path / "X.codebooks.npz")
     np.testing.assert_array_equal(again.codes(clustered), quantizer.codes(clustered))
 
 
