@@ -95,7 +95,7 @@ def check_places(flags: TrainFlags) -> None:
     if flags.prefix_cache_in not in ("device", "host") and not os.path.isdir(flags.prefix_cache_in):
         place = cut(flags.prefix_cache_in, LONGEST_PATH)
         raise InputError(f"--prefix_cache_in {place}: is neither device nor host, and there is no such folder")
-    check_folder("cache_dir", flags.cache_dir or CACHE_DIR)
+    check_cache_dir(flags.cache_dir or CACHE_DIR)
 
 
 def check_resuming(flags: TrainFlags) -> None:
@@ -116,23 +116,21 @@ def check_resuming(flags: TrainFlags) -> None:
             )
 
 
-def check_folder(name: str, path: str) -> None:
-    """InputError where no folder can be at a path, or nothing be written into it; makes nothing."""
-    expanded = os.path.expanduser(path) if name == "cache_dir" else path
+def check_cache_dir(path: str) -> None:
+    """InputError where no folder can be at a path; makes nothing. One that may only be read can serve, too."""
+    expanded = os.path.expanduser(path)
     wanted = place = os.path.abspath(expanded)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     fault = ""
     if any(len(os.fsencode(part)) > 255 for part in wanted.split(os.sep)):
         fault = "has a name of more than 255 bytes"
-    elif name == "cache_dir" and expanded.startswith("~"):
+    elif expanded.startswith("~"):
         fault = "there is no such user"
     elif not os.path.isdir(place):
         fault = "is a file" if place == wanted else f"cannot be made, since {cut(place, LONGEST_PATH)} is a file"
-    elif not os.access(place, os.W_OK | os.X_OK):
-        fault = "cannot be written to"
     if fault:
-        raise InputError(f"--{name} {cut(path, LONGEST_PATH)}: {fault}; expected a folder to write into")
+        raise InputError(f"--cache_dir {cut(path, LONGEST_PATH)}: {fault}; expected a folder")
 
 
 def check_distribution(flags: TrainFlags) -> None:

@@ -22,7 +22,7 @@ import evaluate
 import sft
 from sid_sft.command_line import About, command, convert, flag, flags_of, one_word_each, read_flags
 from sid_sft.files import InputError
-from sid_sft.flag_checks import check_folder
+from sid_sft.flag_checks import check_cache_dir
 from sid_sft.settings import SCHEDULES, EvaluateFlags, TrainFlags, examples_per_step, intervals
 from sid_sft.training_arguments import check_reports, check_schedule, training_arguments
 
@@ -203,19 +203,18 @@ def test_a_text_that_no_file_could_hold_is_refused(text):
             read_flags(TrainFlags, {**required, name: text})
 
 
-def test_a_folder_that_cannot_be_is_refused_before_anything_is_read(tmp_path):
+def test_a_cache_that_cannot_be_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "file").write_text("")
     for path, fault in (
         (tmp_path / "file", "is a file"),
-        (tmp_path / "file" / "run", f"cannot be made, since {tmp_path / 'file'} is a file"),
+        (tmp_path / "file" / "cache", f"cannot be made, since {tmp_path / 'file'} is a file"),
         (tmp_path / ("x" * 300), "has a name of more than 255 bytes"),
+        ("~no-such-user/x", "there is no such user"),
     ):
-        with pytest.raises(InputError, match=rf"--output_dir /.*: {fault}; expected a folder to write into$"):
-            check_folder("output_dir", str(path))
-    with pytest.raises(InputError, match="--cache_dir ~no-such-user/x: there is no such user"):
-        check_folder("cache_dir", "~no-such-user/x")
-    for path in (tmp_path, tmp_path / "new" / "run"):
-        check_folder("output_dir", str(path))
+        with pytest.raises(InputError, match=rf"--cache_dir \S+: {fault}; expected a folder$"):
+            check_cache_dir(str(path))
+    for path in (tmp_path, tmp_path / "new" / "cache"):
+        check_cache_dir(str(path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
