@@ -66,12 +66,14 @@ class StopSignals:
         import torch
         import torch.distributed as dist
 
+        asked = self.received
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.group = self.group or dist.new_group(backend="gloo")  # so that no GPU has to be waited for
-            number = torch.tensor(self.received)
+            number = torch.tensor(asked)
             dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group)
-            self.received = int(number)
-        return bool(self.received)
+            if asked := int(number):  # otherwise a signal that came meanwhile would be forgotten
+                self.received = asked
+        return bool(asked)
 
     def interruption(self, where: str) -> Interrupted:
         return Interrupted(self.received, f"stopped by {signal.Signals(self.received).name} {where}")

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, run_command, short_run, small_model
 from kill import end_of
 from transformers import AutoTokenizer
@@ -403,6 +404,19 @@ def test_a_signal_to_one_of_two_processes_stops_and_saves_both(flags, tmp_path):
     result = run_command(*flags(**changes, resume_from_checkpoint=True), processes=2)
     assert result.returncode == 0, result.stderr
     assert f"checkpoint-{found[1]}\n" in result.stderr
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_forgotten(monkeypatch):
+    def meanwhile(*_, **__) -> None:
+        if not signals.received:
+            signal.raise_signal(signal.SIGTERM)
+
+    for name, value in {"is_initialized": True, "get_world_size": 2, "new_group": None}.items():
+        monkeypatch.setattr(dist, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(dist, "all_reduce", meanwhile)
+    with StopSignals() as signals:
+        signals.wait = True
+        assert [signals.agreed(), signals.agreed()] == [False, True]  # at this step it came too late, at the next it counts
 
 
 def children(pid: int) -> list[int]:
