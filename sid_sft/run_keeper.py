@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sid_sft.interruption import StopSignals
     from sid_sft.running_sums import RunningSums
+    from sid_sft.steps import StepSampler
 
 logger = logging.getLogger("sft.run_keeper")
 
@@ -32,13 +33,13 @@ class KeptTrainer(Protocol):
 
     args: TrainingArguments
     state: TrainerState
+    sampler: StepSampler
     sums: RunningSums
     evaluation_is_due: bool
     optimizer: Optimizer
     lr_scheduler: LRScheduler
     fresh_groups: list[tuple[float, float]]
 
-    def steps_in_epoch(self) -> int: ...
     def evaluate(self) -> dict[str, float]: ...
 
 
@@ -67,6 +68,9 @@ class RunKeeper(TrainerCallback):
         return self.resumed.folder if self.resumed else None
 
     # ---- called by the Trainer
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.sampler.set_epoch(state.global_step // len(self.trainer.sampler))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.signals.agreed():
@@ -120,7 +124,7 @@ class RunKeeper(TrainerCallback):
     def has_ended(self, state: TrainerState) -> bool:
         """Whether a run is at its last step, or stops early."""
         args = self.trainer.args
-        steps = math.ceil(args.num_train_epochs * self.trainer.steps_in_epoch())
+        steps = math.ceil(args.num_train_epochs * len(self.trainer.sampler))
         return state.global_step >= (args.max_steps if args.max_steps > 0 else steps) or self.has_stalled(state)
 
     def has_stalled(self, state: TrainerState) -> bool:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from sid_sft.forward.examples import Examples, MicroBatch
 
@@ -56,13 +55,6 @@ class StepSampler:
             middle = steps[:-1]  # the smaller step, if any, stays last
             steps = [middle[i] for i in rng.permutation(len(middle))] + steps[-1:]
         yield from steps
-
-
-class StepLoader(DataLoader):
-    """A DataLoader whose batches are the index lists of StepSampler; what an epoch's order is, it is told per epoch."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
 
 
 def deal(parts: list[MicroBatch], processes: int) -> list[list[np.ndarray]]:

@@ -32,7 +32,7 @@ from sid_sft.private_doors import ResumesFromOwnFiles, closed_doors, installed
 from sid_sft.run_keeper import RunEnded, RunKeeper
 from sid_sft.running_sums import RunningSums, summed
 from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, SidRows
-from sid_sft.steps import StepLoader, StepSampler, deal
+from sid_sft.steps import StepSampler, deal
 from sid_sft.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -145,10 +145,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     # ---- one step
 
     def get_train_dataloader(self) -> DataLoader:
-        return StepLoader(range(len(self.train_dataset)), batch_sampler=self.sampler, collate_fn=np.array)
-
-    def steps_in_epoch(self) -> int:
-        return len(self.sampler)
+        return DataLoader(range(len(self.train_dataset)), batch_sampler=self.sampler, collate_fn=np.array)
 
     def training_step(self, model: PreTrainedModel, inputs: np.ndarray, num_items_in_batch=None) -> Tensor:
         """Forward and backward of all of this process's micro-batches of a step; `inputs` are the step's examples.
