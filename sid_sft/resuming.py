@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sid_sft.command_line import rank, world_size
-from sid_sft.files import InputError, content_hash, cut, file_hash, read_json
+from sid_sft.files import InputError, content_hash, cut, file_hash, read_json, whole_file
 from sid_sft.output_folder import RECORD_FILE, STATE_FILE
 from sid_sft.settings import CHANGEABLE, TrainFlags, examples_per_step, intervals
 from sid_sft.tasks import PROMPTS, category_name
@@ -51,9 +50,8 @@ def write_record(folder: Path, decides: dict[str, Any], log: dict[str, Any]) -> 
     """Makes a checkpoint whole: to be called when all of its files are written."""
     content: dict[str, Any] = {"files": described(folder), "decides": decides, "log": log}
     content["hash"] = content_hash(content)
-    scratch = folder / (RECORD_FILE + ".tmp")
-    scratch.write_text(json.dumps(content, indent=1))
-    os.replace(scratch, folder / RECORD_FILE)
+    with whole_file(folder / RECORD_FILE) as scratch:
+        scratch.write_text(json.dumps(content, indent=1))
 
 
 def described(folder: Path) -> dict[str, dict[str, Any]]:
@@ -183,7 +181,7 @@ def clear_the_way(output_dir: Path, resumed: Path | None) -> None:
         target = output_dir / ASIDE / folder.name
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
-        os.replace(folder, target)
+        folder.rename(target)
         moved.append(folder.name)
     if moved:
         logger.info(f"{', '.join(reversed(moved))}: in the way of this run, moved to {output_dir / ASIDE}")

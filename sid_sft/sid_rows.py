@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sid_sft.files import InputError, cut, error_text, shown
-from sid_sft.forward.architecture import tables_of
+from sid_sft.forward.architecture import TABLES, tables_of
 
 ROWS_FILE = "sid_rows.safetensors"
 HASHED_VALUES = 4096  # values sampled of each tensor for the hash of a base model
@@ -94,8 +94,9 @@ class SidRows:
     def load(self, path: Path) -> None:
         """Takes the rows of a rows file that was written for the same tokens."""
         saved = read_rows_file(path)
-        names = [table.name for table in self.tables]
-        if saved.tokens != self.tokens or saved.ids.tolist() != self.ids.tolist() or list(saved.rows) != names:
+        shapes = {name: master.shape for name, _, master in self.tables}
+        saved_shapes = {name: rows.shape for name, rows in saved.rows.items()}
+        if saved.tokens != self.tokens or saved.ids.tolist() != self.ids.tolist() or saved_shapes != shapes:
             raise InputError(f"{path}: its SID rows are not those of this run; resume with the index it was made with")
         for name, _, master in self.tables:
             master.copy_(saved.rows[name])
@@ -172,8 +173,10 @@ def read_rows_file(path: Path) -> SavedRows:
 
 def fault_of_rows(tensors: dict[str, Tensor], tokens: object) -> str:
     """What is wrong with the content of a rows file; "" where nothing is."""
-    if "ids" not in tensors or "embedding" not in tensors or not tensors.keys() <= {"ids", "embedding", "head"}:
-        return f"its tensors are {shown(', '.join(sorted(tensors)))}, not ids, embedding and perhaps head"
+    if "ids" not in tensors or "embedding" not in tensors or not tensors.keys() <= {"ids", *TABLES}:
+        return (
+            f"its tensors are {shown(', '.join(sorted(tensors)))}, not ids, embedding and perhaps {' or '.join(TABLES[1:])}"
+        )
     ids = tensors["ids"]
     if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids) or ids[0] < 0 or not (ids[1:] > ids[:-1]).all():
         return "its ids are no ascending list of token ids"

@@ -49,6 +49,7 @@ def training_arguments(flags: TrainFlags) -> TrainingArguments:
             use_cpu=not torch.accelerator.is_available(),
             logging_steps=flags.logging_steps,
             logging_nan_inf_filter=False,
+            log_level_replica="error",  # as quiet_other_ranks has it; the default would have them warn
             eval_strategy="steps" if evaluate else "no",
             save_strategy="steps",
             eval_steps=whole(evaluating),

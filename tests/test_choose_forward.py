@@ -2,6 +2,7 @@
 
 import logging
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -149,6 +150,18 @@ def test_rows_that_a_family_keeps_beside_its_tables_train_too_and_nothing_else(e
             assert changed[rows.ids].all()
             changed[rows.ids] = False
         assert not changed.any(), name
+
+
+def test_the_rows_of_all_three_tables_are_saved_and_loaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(families.VARIANTS, "untied", ("gemma4_text", {"tie_word_embeddings": False}))
+    _, rows = extended("untied", freeze=True)
+    assert [table.name for table in rows.tables] == ["embedding", "layer_inputs", "head"]
+    rows.save(tmp_path / "rows", "base")
+    _, others = extended("untied", freeze=True)
+    for master in others.masters:
+        master.data.zero_()
+    others.load(tmp_path / "rows")
+    assert all(torch.equal(one, other) for one, other in zip(rows.masters, others.masters, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- files of a base

@@ -32,6 +32,9 @@ def own_logits(model: PreTrainedModel, inputs: Tensor, *, last: int = 0) -> Tens
     return logits[:, -last:]
 
 
+TABLES = ("embedding", "layer_inputs", "head")  # what `tables_of` may find
+
+
 def tables_of(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """The matrices with a row per token: the input embedding; the output head where it has a matrix of its own; and the
     embedding of all layers' further inputs, in the families that have one (Gemma 4)."""
