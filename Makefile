@@ -2,25 +2,30 @@
 #
 #   make test PYTHON=python3.12 VENV=.venv-3.12     another Python, 3.11 to 3.13
 #   make test LIBRARIES=newest                      the newest release of every library, in .venv-newest
+#   make test LIBRARIES=oldest                      the oldest that requirements.txt states, in .venv-oldest
 PYTHON ?= python3.11
 LIBRARIES ?= pinned
 
+# What pip is told beside the names: the releases of requirements.lock, no bound, or the lower bounds. ruff and mypy always
+# keep theirs, since they judge this code and not the libraries; types are checked against the pinned libraries alone, as an
+# annotation that changes elsewhere breaks no run.
 ifeq ($(LIBRARIES),pinned)
 VENV ?= .venv
-TORCH = torch==2.13.0
-listed = $(addprefix -r ,$(1))
+BOUNDS = cat requirements.lock
 TYPES = $(VENV)/bin/mypy
 else ifeq ($(LIBRARIES),newest)
-# The same names without their releases. ruff and mypy keep theirs, since they judge this code and not the libraries, and
-# types are checked against the pinned libraries alone: an annotation that changes elsewhere breaks no run.
 VENV ?= .venv-newest
-TORCH = torch
-listed = --upgrade $$(sed -nE -e '/^(ruff|mypy)==/p' -e '/^(ruff|mypy)==/!s/^([A-Za-z0-9_-]+)==.*/\1/p' $(1))
-TYPES = @echo "types are checked with LIBRARIES=pinned"
+BOUNDS = sed -nE '/^(ruff|mypy)==/p' requirements.lock
+UPGRADE = --upgrade
+else ifeq ($(LIBRARIES),oldest)
+VENV ?= .venv-oldest
+BOUNDS = sed -nE 's/^([a-zA-Z0-9_-]+)>=([0-9.]+).*/\1==\2.*/p' requirements.txt rq/requirements.txt; \
+	sed -nE '/^(ruff|mypy|hypothesis|pytest|peft|vector-quantize-pytorch)==/p' requirements.lock
 else
-$(error LIBRARIES is "$(LIBRARIES)"; expected pinned or newest)
+$(error LIBRARIES is "$(LIBRARIES)"; expected pinned, newest or oldest)
 endif
-INSTALL = $(VENV)/bin/python -m pip install --quiet
+TYPES ?= @echo "types are checked with LIBRARIES=pinned"
+INSTALL = $(VENV)/bin/python -m pip install --quiet $(UPGRADE) -c $(VENV)/bounds.txt
 
 .PHONY: demo test lint bench clean
 
@@ -44,13 +49,16 @@ bench: $(VENV)/.dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run: requirements.txt | $(VENV)/bin/python
-	$(INSTALL) $(TORCH)
-	$(INSTALL) $(call listed,requirements.txt)
+$(VENV)/bounds.txt: requirements.lock requirements.txt rq/requirements.txt | $(VENV)/bin/python
+	($(BOUNDS)) > $@
+
+$(VENV)/.run: requirements.txt $(VENV)/bounds.txt
+	$(INSTALL) torch
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt rq/requirements.txt $(VENV)/.run
-	$(INSTALL) $(call listed,requirements-dev.txt rq/requirements.txt)
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 clean:

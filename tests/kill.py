@@ -184,7 +184,7 @@ def part_of(kind: str) -> str:
     if kind in ("step", "evaluation"):
         return kind
     name = kind.rpartition(" of ")[2]
-    if re.fullmatch(r"N.*|cache|rows-.*|summary.json|examples.*", name):
+    if re.fullmatch(r"N.*|cache|rows-.*|summary.json|contents.json|examples.*", name):
         return "dataset cache"
     checkpoint = ("checkpoint-N", "checkpoint.json.tmp", "checkpoint.json", "rng_state.pth", "trainer_state.json")
     written = ("optimizer.pt", "scheduler.pt", "training_args.bin")

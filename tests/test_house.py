@@ -16,7 +16,7 @@ from conftest import ROOT
 AT_THE_ROOT = {
     *("sft.py", "data.py", "evaluate.py", "sft.sh", "rq", "sid_sft", "tests"),
     *("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
-    *("Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt"),
+    *("Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt", "requirements.lock"),
 }
 MOST_LINES = 450
 FEWER_LINES = {"sft.py": 300, "data.py": 350}
