@@ -18,6 +18,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from sid_sft.command_line import rank
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal has stopped the run. signum: which one; the text says where."""
@@ -53,13 +55,15 @@ class StopSignals:
     def receive(self, signum: int, _: FrameType | None) -> None:
         again, self.received = bool(self.received), signum
         name = signal.Signals(signum).name
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun sends each signal to all, and Ctrl-C twice
         if not self.wait:
             raise Interrupted(signum, f"stopped by {name}")
-        if not again:
-            # not the log: the signal may have come while a line of it is being written
-            os.write(2, f"\n{name}: the run will stop after this step and save; Ctrl-C once more stops it now\n".encode())
-        elif signum == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun sends each signal twice
+        if again and signum == signal.SIGINT and alone:
             raise Interrupted(signum, "stopped by a second Ctrl-C, without saving")
+        if not again and rank() == 0:
+            more = "; Ctrl-C once more stops it now" if alone else ""
+            # not through the log: the signal may have come while a line of it is being written
+            os.write(2, f"\n{name}: the run will save after this step and stop{more}\n".encode())
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. Every process must call."""
