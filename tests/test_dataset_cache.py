@@ -178,6 +178,7 @@ def test_a_cache_that_may_only_be_read_serves_and_what_it_lacks_is_built_elsewhe
     assert len(list(own.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_dataset_in_a_cache_that_may_only_be_read_is_built_elsewhere(flags, tmp_path):
     log = checked(flags, tmp_path)
     cache = tmp_path / "cache"

@@ -211,7 +211,7 @@ def on_two_processes(
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("always", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_all_processes_agree_on_the_size_that_fits_the_smallest(always, flags, tmp_path):
     changes = {"frozen_prefix": False, "eval_file": None}
     assert run_command(*flags(output_dir=tmp_path / "small", micro_batch_size=2, **changes), processes=2).returncode == 0
@@ -222,6 +222,7 @@ def test_all_processes_agree_on_the_size_that_fits_the_smallest(always, flags, t
     assert losses(tmp_path / "run") == losses(tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_the_process_that_lacks_memory_tells_it_and_all_end(flags, tmp_path):
     done = on_two_processes(tmp_path, flags(micro_batch_size=8, frozen_prefix=False), 2)
     assert done.returncode != 0
@@ -301,7 +302,7 @@ def test_results_that_cannot_be_written_are_told_all_the_same(store, tmp_path): 
 # ---------------------------------------------------------------------------------------------- modes
 
 
-@pytest.mark.parametrize(("freeze", "mask"), [(True, 0o002), (False, 0o027)])
+@pytest.mark.parametrize(("freeze", "mask"), [(True, 0o002), pytest.param(False, 0o027, marks=pytest.mark.slow)])
 def test_all_that_a_run_and_an_evaluation_leave_follows_the_umask(freeze, mask, flags, shop, tmp_path):
     done = run_as_user("sft.py", *flags(freeze_LLM=freeze), umask=mask)
     assert done.returncode == 0, done.stderr

@@ -465,7 +465,7 @@ def test_a_second_ctrl_c_does_not_wait(monkeypatch):
 # ---------------------------------------------------------------------------------------------- kills
 
 
-@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("freeze", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_by_itself_and_ends_as_if_it_had_not_been(freeze, tmp_path):
     """The short form of kill.py, in a process of its own: it forks, which a process with threads should not."""
     code = f"import kill, pathlib; print(kill.kill_many(4, freeze={freeze}, seed=3, folder=pathlib.Path({str(tmp_path)!r})))"
