@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import align_special_tokens
 
 from sid_sft.faults import fitted
 from sid_sft.files import FaultHere, InputError, follow_umask
@@ -387,6 +388,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             raise InputError(closed[0])
         if ended := keeper.take_ended_run():
             self.load_checkpoint_weights(folder)
+            align_special_tokens(self.model, self.processing_class)  # with which the Trainer begins to train
         else:
             self.signals.wait = True
             try:
