@@ -72,7 +72,7 @@ def main() -> None:
         minutes = (time.monotonic() - started) / 60
         print(f"| {minutes:.0f} | {last_step(log):,} | {memory:.0f} | {files} | {threads} |", flush=True)
     process.terminate()
-    print(f"\nStopped with SIGTERM: exit code {process.wait()}; {log.read_text().splitlines()[-1]}")
+    print(f"\nStopped with SIGTERM: exit code {process.wait()}")
 
 
 if __name__ == "__main__":
