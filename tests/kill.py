@@ -145,29 +145,24 @@ def end_of(folder: Path) -> dict[str, Any]:
 
 def command(shop: Path, base: Path, folder: Path, *, freeze: bool) -> list[str]:
     """A run of some 24 steps that stops early, with evaluations that also measure recommendations."""
-    flags = {
-        "base_model": base,
-        "train_file": shop / "shop.train.csv",
-        "eval_file": shop / "shop.valid.csv",
-        "sid_index_path": shop / "shop.index.json",
-        "item_meta_path": shop / "shop.item.json",
-        "output_dir": folder / "run",
-        "cache_dir": folder / "cache",
-        "tasks": "sid_sid,item",
-        "freeze_LLM": freeze,
-        "sample": 60,
-        "eval_sample": 20,
-        "eval_recommendation": 8,
-        "metric_for_best_model": "eval_hr@10",
-        "batch_size": 8,
-        "num_epochs": 4,
-        "logging_steps": 5,
-        "save_steps": 4,
-        "early_stopping_patience": 4,
-        "resume_from_checkpoint": "auto",
-        "num_proc": 1,
-    }
-    return [f"--{name}={value}" for name, value in flags.items()]
+    return conftest.short_run(
+        base,
+        shop,
+        folder,
+        tasks="sid_sid,item",
+        freeze_LLM=freeze,
+        sample=60,
+        eval_recommendation=8,
+        metric_for_best_model="eval_hr@10",
+        batch_size=8,
+        max_steps=None,
+        num_epochs=4,
+        logging_steps=5,
+        eval_steps=None,
+        save_steps=4,
+        early_stopping_patience=4,
+        resume_from_checkpoint="auto",
+    )
 
 
 def draw_stop(events: dict[str, int], rng: random.Random) -> Stop:
