@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from data import build_dataset
 from sid_sft.catalogue import Catalogue, read_catalogue, read_index
+from sid_sft.chat import in_chat
 from sid_sft.checkpoint import (
     apply_sid_rows,
     beams_beyond,
@@ -32,7 +33,7 @@ from sid_sft.files import InputError
 from sid_sft.finite import check_finite
 from sid_sft.flag_checks import check_training
 from sid_sft.freezing import rows_learning_rate, tell_what_trains, turn_dropout_off
-from sid_sft.interactions import read_rows
+from sid_sft.interactions import check_first_row, read_rows
 from sid_sft.interruption import StopSignals
 from sid_sft.output_folder import STATE_FILE, OutputFolder
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
@@ -126,7 +127,8 @@ def train(flags: TrainFlags) -> None:
     outputs.check()
     catalogue = read_catalogue(Path(flags.sid_index_path), optional_path(flags.item_meta_path))
     wording = read_prompts(optional_path(flags.prompts), flags.category)
-    check_first_rows(flags, catalogue)
+    for path in filter(None, (flags.train_file, flags.eval_file)):
+        check_first_row(Path(path), catalogue, max_left_out=flags.max_left_out)
     writes = rank() == 0 and not flags.check
     cure = f"try --micro_batch_size {max(1, flags.micro_batch_size // 2)} or a smaller --prefix_cache_gb"
     holding = outputs.held("sft.py") if writes else contextlib.nullcontext()
@@ -157,6 +159,7 @@ def fine_tune(
 
     # ---- the SID tokens of the index become tokens of the tokenizer
     tokenizer = load_tokenizer(flags.base_model, trust_remote_code=flags.trust_remote_code)
+    wording = in_chat(wording, tokenizer) if flags.chat_template else wording
     known_tokens = len(tokenizer)
     tokens = token_extender(flags.sid_index_path).get_new_tokens()
     new_ids = add_sid_tokens(tokenizer, tokens)
@@ -227,14 +230,6 @@ def fine_tune(
 
 def optional_path(path: str) -> Path | None:
     return Path(path) if path else None
-
-
-def check_first_rows(flags: TrainFlags, catalogue: Catalogue) -> None:
-    """Reads the first row of each CSV, so that a wrong file is told before anything heavy is loaded."""
-    for path in (flags.train_file, flags.eval_file):
-        if path:
-            with contextlib.closing(read_rows(Path(path), catalogue, max_left_out=flags.max_left_out)) as rows:
-                next(rows, None)
 
 
 def datasets_of(

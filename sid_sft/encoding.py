@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from sid_sft.catalogue import Catalogue
 from sid_sft.files import InputError, content_hash
 from sid_sft.interactions import Row
-from sid_sft.tasks import SEPARATOR, TASKS, Task, history_line, prompt_head, render
+from sid_sft.tasks import SEPARATOR, TASKS, Task, around_history, history_line, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,16 +119,21 @@ class Encoder:
     def prompt_ids(self, task: Task, rows: list[Row]) -> list[list[int]]:
         """The ids of each row's prompt, with the special tokens that the tokenizer begins a text with."""
         lines = None if task.rows == "items" else self.lines(task.shows)
-        heads = [prompt_head(task, row, self.prompts) for row in rows]
-        if lines is None or (task.shows == "title" and not all(map(ends_its_line, heads))):
+        heads = [around_history(task, row, self.prompts)[0] for row in rows]
+        tail = around_history(task, rows[0], self.prompts)[1] if rows else ""  # the same for all rows
+        if lines is None or (task.shows == "title" and not (all(map(ends_its_line, heads)) and begins_a_line(tail))):
             texts = [render(task, row, self.catalogue, self.prompts)[0] for row in rows]
             return [self.prefix + ids for ids in self.text_ids(texts)]
         distinct = list(dict.fromkeys(heads))
         head_ids = dict(zip(distinct, self.text_ids(distinct), strict=True))
-        return [
+        prompts = [
             [*self.prefix, *head_ids[head], *chain.from_iterable(lines[item] for item in row.history)]
             for head, row in zip(heads, rows, strict=True)
         ]
+        if not tail:
+            return prompts
+        overlap, ids = self.tail_ids(task.shows, tail)
+        return [prompt[: len(prompt) - overlap] + ids for prompt in prompts]
 
     def text_ids(self, texts: list[str]) -> list[list[int]]:
         """The ids of texts without any special token around them."""
@@ -163,9 +168,21 @@ class Encoder:
         """The ids of each item's SID and the separator."""
         if not sids_stand_alone(self.tokenizer, self.catalogue):
             return None
-        line = "".join(self.catalogue.items[0].sid) + SEPARATOR
-        separator = self.text_ids([line])[0][len(self.sids[0]) :]
+        separator = self.after_sid(SEPARATOR)
         return [[*sid, *separator] for sid in self.sids]
+
+    def after_sid(self, text: str) -> list[int]:
+        """The ids of a text that follows a SID, where SIDs stand alone."""
+        return self.text_ids(["".join(self.catalogue.items[0].sid) + text])[0][len(self.sids[0]) :]
+
+    def tail_ids(self, shows: str, tail: str) -> tuple[int, list[int]]:
+        """The ids of the text behind a history, and how many ids of its last line they replace.
+
+        Behind a SID, the separator and the text are one piece for the tokenizer, and their ids may be joined ones.
+        """
+        if shows == "title":
+            return 0, self.text_ids([tail])[0]
+        return len(self.after_sid(SEPARATOR)), self.after_sid(SEPARATOR + tail)
 
     @functools.cached_property
     def title_lines(self) -> list[list[int]] | None:
@@ -254,6 +271,11 @@ def splits_at_lines(tokenizer: PreTrainedTokenizerBase) -> bool:
 def ends_its_line(head: str) -> bool:
     """Whether the line after `head` has the ids that it has alone: `head` is "" or ends in one newline, as "Bought:\\n"."""
     return not head or re.search(r"\S\n\Z", head) is not None
+
+
+def begins_a_line(tail: str) -> bool:
+    """Whether `tail` has the ids behind a line that it has alone: it is "" or begins with no white space."""
+    return not tail or re.match(r"\S", tail) is not None
 
 
 def count_with_added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:

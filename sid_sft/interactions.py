@@ -79,6 +79,11 @@ def check_share(what: str, left: int, rows: int, max_left_out: float, why: str) 
         )
 
 
+def check_first_row(path: Path, catalogue: Catalogue, *, max_left_out: float) -> None:
+    """Reads one row, so that a wrong file is told before anything heavy is loaded."""
+    next(read_rows(path, catalogue, max_left_out=max_left_out), None)
+
+
 def read_rows(
     path: Path,
     catalogue: Catalogue,

@@ -40,9 +40,9 @@ BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
 # fmt: off
 CHANGEABLE = (
     "train_file", "eval_file", "sid_index_path", "item_meta_path", "preference_file", "category", "tasks", "prompts",
-    "sample", "eval_sample", "eval_recommendation", "metric_for_best_model", "cutoff_len", "num_epochs", "max_steps",
-    "batch_size", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "group_by_length", "group_users",
-    "seed", "bf16", "eval_steps", "save_steps", "early_stopping_patience",
+    "chat_template", "sample", "eval_sample", "eval_recommendation", "metric_for_best_model", "cutoff_len", "num_epochs",
+    "max_steps", "batch_size", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "group_by_length",
+    "group_users", "seed", "bf16", "eval_steps", "save_steps", "early_stopping_patience",
 )
 # fmt: on
 SCHEDULES = (  # those of transformers that need no further arguments
@@ -111,6 +111,9 @@ class TrainFlags:
         if_unset="the first five, with freeze_LLM sid_sid alone",
     )
     prompts: str = flag("", "JSON file with wording of your own, task name -> template", is_file=True)
+    chat_template: bool = flag(
+        False, "put prompts and answers into the turns of the tokenizer's chat template, which an instruct model knows"
+    )
     sample: int = flag(-1, "random rows to train on per task", COUNT_OR_ALL)
     eval_sample: int = flag(-1, "random rows to evaluate on", COUNT_OR_ALL)
     eval_recommendation: int = flag(

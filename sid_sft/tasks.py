@@ -87,7 +87,11 @@ def read_prompts(own: str | Path | dict[str, str] | None, category: str) -> dict
     where = "prompts"
     if isinstance(own, str | Path):
         where, own = str(own), read_json(Path(own), 'prompts like {"sid_sid": "Bought so far:\\n{history}"}')
-    return check_prompts({} if own is None else own, category_name(category), where)
+    templates = check_prompts({} if own is None else own, category_name(category), where)
+    for name, template in templates.items():
+        if TASKS[name].rows != "items" and not template.endswith("{history}"):
+            raise InputError(f"{where}: {name!r} must end with {{history}}: what is constant comes first, the history last")
+    return templates
 
 
 def check_prompts(own: object, category: str, where: str) -> dict[str, str]:
@@ -103,14 +107,12 @@ def check_prompts(own: object, category: str, where: str) -> dict[str, str]:
 
 
 def check_template(where: str, template: str, task: Task) -> None:
-    """InputError unless a template has each of its fields once, and {history} last, so that the next line is the answer."""
+    """InputError unless a template has each of its fields once, and no other."""
     fields = ["{item}"] if task.rows == "items" else ["{history}"]
     fields += ["{preference}"] if task.name == "preference_sid" else []
     for field in fields:
         if template.count(field) != 1:
             raise InputError(f"{where} has {template.count(field)} {field}; expected one")
-    if task.rows != "items" and not template.endswith("{history}"):
-        raise InputError(f"{where} must end with {{history}}: what is constant comes first, the history last")
     if unknown := set(re.findall(r"\{\w+\}", template)) - set(fields):
         raise InputError(f"{where} has {cut(min(unknown))}; expected only {', '.join(fields)} and {{category}}")
 
@@ -123,14 +125,16 @@ def render(task: Task, row: Row, catalogue: Catalogue, prompts: dict[str, str]) 
         prompt = prompts[task.name].replace("{item}", target.title if task.shows == "title" else sid)
     else:
         lines = (history_line(catalogue.items[position], task.shows) for position in row.history)
-        prompt = prompt_head(task, row, prompts) + "".join(lines)
+        head, tail = around_history(task, row, prompts)
+        prompt = head + "".join(lines) + tail
     answer = {"sid": sid, "title": target.title, "preference": row.preference + SEPARATOR + sid}[task.answers]
     return prompt, answer
 
 
-def prompt_head(task: Task, row: Row, prompts: dict[str, str]) -> str:
-    """The text of a prompt before its history."""
-    return prompts[task.name].removesuffix("{history}").replace("{preference}", row.preference)
+def around_history(task: Task, row: Row, prompts: dict[str, str]) -> tuple[str, str]:
+    """The text of a prompt before its history and behind it, where only a chat template puts any."""
+    head, _, tail = prompts[task.name].partition("{history}")
+    return head.replace("{preference}", row.preference), tail
 
 
 def history_line(item: Item, shows: str) -> str:

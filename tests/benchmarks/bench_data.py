@@ -33,7 +33,7 @@ from data import build_dataset
 from sid_sft.catalogue import Catalogue, read_catalogue
 from sid_sft.dataset_cache import Source
 from sid_sft.interactions import Row
-from sid_sft.tasks import DEFAULT_TASKS, SEPARATOR, TASKS, prompt_head, read_prompts, render
+from sid_sft.tasks import DEFAULT_TASKS, SEPARATOR, TASKS, around_history, read_prompts, render
 
 
 def load(files: str, base_model: str):
@@ -67,7 +67,7 @@ def row_by_row(train_csv: Path, catalogue: Catalogue, prompts: dict[str, str], t
             continue
         for row in item_rows(catalogue) if task.rows == "items" else csv_rows(train_csv, catalogue):
             text, answer = render(task, row, catalogue, prompts)
-            head = text.index("\n") + 1 if task.rows == "items" else len(prompt_head(task, row, prompts))
+            head = text.index("\n") + 1 if task.rows == "items" else len(around_history(task, row, prompts)[0])
             instruction, prompt = text[:head], text[head:]
             if not answer or not prompt.strip(SEPARATOR):
                 continue
