@@ -33,6 +33,7 @@ from sid_sft.files import InputError
 from sid_sft.finite import check_finite
 from sid_sft.flag_checks import check_training
 from sid_sft.freezing import rows_learning_rate, tell_what_trains, turn_dropout_off
+from sid_sft.hub import open_repository, upload
 from sid_sft.interactions import check_first_row, read_rows
 from sid_sft.interruption import StopSignals
 from sid_sft.output_folder import STATE_FILE, OutputFolder
@@ -130,6 +131,8 @@ def train(flags: TrainFlags) -> None:
     for path in filter(None, (flags.train_file, flags.eval_file)):
         check_first_row(Path(path), catalogue, max_left_out=flags.max_left_out)
     writes = rank() == 0 and not flags.check
+    if flags.push_to_hub and writes:
+        open_repository(flags.push_to_hub, private=flags.hub_private)
     cure = f"try --micro_batch_size {max(1, flags.micro_batch_size // 2)} or a smaller --prefix_cache_gb"
     holding = outputs.held("sft.py") if writes else contextlib.nullcontext()
     with StopSignals() as signals, holding, outputs.writing(), memory_in_one_line(cure):
@@ -223,6 +226,8 @@ def fine_tune(
         write_run_report(flags, trainer.state, trainer.model, rows)
         save_final(flags, trainer.model, tokenizer, rows, wording, base_dtype, card)
         logger.info(f"The report of the run is {Path(flags.output_dir) / REPORT_FILE}")
+        if flags.push_to_hub:
+            upload(Path(flags.output_dir) / "final_checkpoint", flags.push_to_hub)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -201,6 +201,8 @@ class TrainFlags:
     report_to: str = flag("none", "none, wandb, tensorboard, ... (transformers' names)")
     wandb_project: str = flag("", "name of a Weights & Biases project; implies report_to wandb")
     wandb_run_name: str = flag("", "name of the run there")
+    push_to_hub: str = flag("", "user/name on the Hugging Face hub to upload final_checkpoint/ to at the end")
+    hub_private: bool = flag(True, "a repository that push_to_hub makes is private")
 
     # ---- how it is prepared
     trust_remote_code: bool = flag(False, "run code that comes with the base model")

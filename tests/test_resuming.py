@@ -28,7 +28,8 @@ from sid_sft.trainer import SidTrainer
 # What may differ without a word, since it decides no number but rounding.
 WITHOUT_EFFECT = """
     output_dir max_left_out frozen_prefix micro_batch_size auto_micro_batch prefix_cache_gb prefix_cache_in logging_steps
-    resume_from_checkpoint allow_changed report_to wandb_project wandb_run_name trust_remote_code cache_dir num_proc check
+    resume_from_checkpoint allow_changed report_to wandb_project wandb_run_name push_to_hub hub_private
+    trust_remote_code cache_dir num_proc check
 """
 SHORT = {"max_steps": 6, "eval_steps": 2, "save_steps": 2, "sample": 12, "tasks": "sid_sid", "early_stopping_patience": 0}
 
