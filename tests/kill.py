@@ -120,6 +120,9 @@ def run(arguments: list[str], watch: Watch, log: Path) -> int:
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        for signum in (signal.SIGHUP, signal.SIGTERM):  # nohup, or a job in the background, has some of them ignored
+            signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         watch.start()
         code = sft.main(arguments)
         if watch.stop is None:

@@ -369,6 +369,17 @@ def test_a_signal_saves_and_the_resumed_run_ends_as_if_there_had_been_none(flags
     assert end_of(tmp_path / "run") == end_of(tmp_path / "peace")
 
 
+@pytest.fixture
+def not_ignored():
+    """Signals as a terminal's shell leaves them: nohup, or a job in the background, would have some of them ignored."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    former = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    yield
+    for signum, handler in former.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("not_ignored")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 @pytest.mark.parametrize("place", ["training_step", "put_off_if_asked"])
 def test_every_signal_is_heard_at_a_step_and_in_an_evaluation(name, place, flags, tmp_path, caplog, monkeypatch):
@@ -451,6 +462,7 @@ def test_a_signal_before_the_first_step_ends_the_run_in_one_line(flags, tmp_path
     assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
+@pytest.mark.usefixtures("not_ignored")
 def test_a_second_ctrl_c_does_not_wait(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with StopSignals() as signals:
