@@ -11,7 +11,7 @@ The steps as modules, each of which imports only modules above it:
 
     sid_sft/files.py           reading and writing
     sid_sft/catalogue.py       the items: index and item file
-    sid_sft/interactions.py    the rows: interaction CSV or preference file (cells.py: what a cell may hold)
+    sid_sft/interactions.py    the rows: interactions or preferences (cells.py: what a CSV's cell may hold; parquet_rows.py)
     sid_sft/tasks.py           the examples as text: prompts and answers
     sid_sft/encoding.py        the examples as token ids
     sid_sft/dataset_cache.py   the dataset on disk

@@ -16,7 +16,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from sid_sft.catalogue import TITLE_TYPES, Catalogue
 from sid_sft.files import QUOTED, InputError, cut, join_or, one_line, shown
@@ -55,6 +55,20 @@ def read_list(cell: str) -> list[str | int | float | None]:
     if "..." in re.sub(STRING, "", plain):
         raise ValueError("is not a list literal (numpy left entries out of it at the three dots)")
     raise ValueError("is not a list literal of texts and numbers")
+
+
+class Written(NamedTuple):
+    """A row as its file writes it: the items of the history, oldest first, and last the item that followed.
+
+    where: "X.csv:5", for a message; spot: "line 5". sids, titles: as long as ids, or empty where the file has none.
+    """
+
+    where: str
+    spot: str
+    user: str
+    ids: list
+    sids: list = []  # noqa: RUF012 - never changed
+    titles: list = []  # noqa: RUF012
 
 
 class ItemIds:

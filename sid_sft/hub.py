@@ -2,7 +2,7 @@
 
     open_repository("ann/toys-recommender", private=True)                      # before the training: may we write there?
     upload(Path("output/toys/final_checkpoint"), "ann/toys-recommender")       # after it
-        -> https://huggingface.co/ann/toys-recommender
+        -> logs the address of the repository
 
 Nothing else of the program sends anything anywhere.
 """

@@ -1,4 +1,5 @@
-"""Rows: who bought what after what, from an interaction CSV or a preference file, checked against the catalogue.
+"""Rows: who bought what after what, from a CSV or Parquet file of interactions or a preference file, checked against the
+catalogue.
 
     user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid
     ann,"['Screws', 'Tape']",Filter,"[0, 1]",2,"['<a_0><b_0>', '<a_0><b_1>']",<a_1><b_0>
@@ -13,12 +14,14 @@ import csv
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sid_sft.catalogue import Catalogue, same_title, title_text
-from sid_sft.cells import LIST_COLUMNS, ItemIds, list_cell
+from sid_sft.cells import LIST_COLUMNS, ItemIds, Written, list_cell
 from sid_sft.files import InputError, cut, error_text, one_line, read_json, read_lines, shown
+from sid_sft.parquet_rows import parquet_rows
 
 logger = logging.getLogger("sft.interactions")
 
@@ -91,7 +94,7 @@ def read_rows(
     *,
     max_left_out: float = MAX_LEFT_OUT,
 ) -> Iterator[Row]:
-    """The rows of an interaction CSV, one at a time, checked against the catalogue.
+    """The rows of a file of interactions, one at a time, checked against the catalogue; parquet_rows.py tells of Parquet.
 
     SIDs and titles are taken from the catalogue. A CSV whose SIDs contradict the index is refused, as it belongs to
     another index; a SID that lacks only the last, collision-breaking token is counted and read as the index has it.
@@ -104,13 +107,13 @@ def read_rows(
     path = Path(path)
     counts: Counter[str] = Counter()
     ids, left_out = ItemIds(catalogue), LeftOut()
-    for line, fields in read_csv(path):
+    for written in parquet_rows(path) if path.suffix.lower() == ".parquet" else csv_rows(path, catalogue):
         counts["rows"] += 1
-        row = parse_row(f"{path}:{line}", fields, ids, counts, left_out)
+        row = parse_row(written, ids, counts, left_out)
         if row is not None:
             yield row
     if not counts["rows"]:
-        raise InputError(f"{path}: has no rows; expected a header and rows of {','.join(CSV_COLUMNS)}")
+        raise InputError(f"{path}: has no rows; expected rows of {','.join(CSV_COLUMNS)}")
     left_out.check(path, counts["rows"], max_left_out)
     for reason, count in left_out.counts.items():
         note(f"{path.name}: {count:,} rows left out: {reason} ({counts['rows']:,} rows)")
@@ -153,29 +156,35 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise InputError(f"{path}:{reader.line_num}: is not CSV ({error_text(error)})") from None
 
 
-def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter, left_out: LeftOut) -> Row | None:
+def csv_rows(path: Path, catalogue: Catalogue) -> Iterator[Written]:
+    """The rows of an interaction CSV. catalogue: for an example of a right cell where one is wrong."""
+    for line, fields in read_csv(path):
+        where = f"{path}:{line}"
+        ids, sids, titles = (list_cell(where, fields, column, catalogue) for column in LIST_COLUMNS)
+        if not len(ids) == len(sids) == len(titles):
+            raise InputError(
+                f"{where}: the history has {len(ids)} ids, {len(sids)} SIDs and {len(titles)} titles; they must be aligned"
+            )
+        columns = [*ids, fields["item_id"]], [*sids, fields["item_sid"]], [*titles, fields["item_title"]]
+        yield Written(where, f"line {line}", fields["user_id"], *columns)
+
+
+def parse_row(written: Written, ids: ItemIds, counts: Counter, left_out: LeftOut) -> Row | None:
     """One checked row, or None, counted in `left_out`, where its item or its whole history is not in the index."""
-    catalogue = ids.catalogue
-    history_ids, sids, titles = (list_cell(where, fields, column, catalogue) for column in LIST_COLUMNS)
-    if not len(history_ids) == len(sids) == len(titles):
-        raise InputError(
-            f"{where}: the history has {len(history_ids)} ids, {len(sids)} SIDs and {len(titles)} titles; "
-            "they must be aligned"
-        )
+    catalogue, where = ids.catalogue, written.where
     positions = []
-    cells = zip([*history_ids, fields["item_id"]], [*sids, fields["item_sid"]], [*titles, fields["item_title"]], strict=True)
-    for item_id, sid, title in cells:
+    for item_id, sid, title in zip_longest(written.ids, written.sids, written.titles):
         try:
             position = ids.find(item_id)
         except ValueError as error:
-            given = f"history {shown(fields['history_item_id'])}, item {shown(fields['item_id'])}"
+            given = f"history {shown(str(written.ids[:-1]))}, item {shown(str(written.ids[-1]))}"
             raise InputError(f"{where}: {error} ({given})") from None
         positions.append(position)
         if position is None:
             continue
         item = catalogue.items[position]
         known = "".join(item.sid)
-        if sid != known:
+        if sid is not None and sid != known:
             if sid != "".join(item.sid[:-1]):
                 raise InputError(
                     f"{where}: item {cut(str(item_id))} has the SID {shown(sid)}, in the index {shown(known)}; "
@@ -187,15 +196,15 @@ def parse_row(where: str, fields: dict[str, str], ids: ItemIds, counts: Counter,
     *history, target = positions
     known_history = tuple(position for position in history if position is not None)
     counts["history"] += len(history) - len(known_history)
-    line = f"line {where.rpartition(':')[2]}"
     if target is None:
-        left_out.add("their item is not in the index", f"{line}: {shown(fields['item_id'])}, {ids.like}")
+        left_out.add("their item is not in the index", f"{written.spot}: {shown(str(written.ids[-1]))}, {ids.like}")
     elif not history:
-        left_out.add("their history is empty", line)
+        left_out.add("their history is empty", written.spot)
     elif not known_history:
-        left_out.add("no item of their history is in the index", f"{line}: {shown(fields['history_item_id'])}, {ids.like}")
+        unknown = f"{written.spot}: {shown(str(written.ids[:-1]))}, {ids.like}"
+        left_out.add("no item of their history is in the index", unknown)
     else:
-        return Row(fields["user_id"], known_history, target)
+        return Row(written.user, known_history, target)
     return None
 
 

@@ -73,10 +73,12 @@ class TrainFlags:
         required=True,
         in_sft_sh="Qwen/Qwen2.5-0.5B",
     )
-    train_file: str = flag("", "CSV of interactions to train on", is_file=True, in_sft_sh="data/amazon/CATEGORY.train.csv")
+    train_file: str = flag(
+        "", "interactions to train on, CSV or Parquet", is_file=True, in_sft_sh="data/amazon/CATEGORY.train.csv"
+    )
     eval_file: str = flag(
         "",
-        "CSV of interactions to evaluate on (task sid_sid); without it nothing is evaluated",
+        "interactions to evaluate on (task sid_sid), CSV or Parquet; without it nothing is evaluated",
         is_file=True,
         in_sft_sh="data/amazon/CATEGORY.valid.csv",
     )
@@ -241,7 +243,7 @@ class EvaluateFlags:
     base_model: str = same_flag(
         TrainFlags, "base_model", "folder or hub name of a trained model, e.g. the final_checkpoint/ of sft.py"
     )
-    test_file: str = flag("", "CSV of interactions to evaluate on", is_file=True)
+    test_file: str = flag("", "interactions to evaluate on, CSV or Parquet", is_file=True)
     sid_index_path: str = same_flag(
         TrainFlags,
         "sid_index_path",
@@ -253,7 +255,7 @@ class EvaluateFlags:
         "the .item.json with titles, for recommendations in words and for the task title_sid",
     )
     train_file: str = same_flag(
-        TrainFlags, "train_file", "CSV that was trained on, for the baselines and for how popular an item is"
+        TrainFlags, "train_file", "file that was trained on, for the baselines and for how popular an item is"
     )
     output_dir: str = same_flag(
         TrainFlags,
