@@ -29,7 +29,8 @@ class StandIn(ThreadingHTTPServer):
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        host, port = self.server_address[:2]
+        return f"http://{host}:{port}"
 
 
 class Calls(BaseHTTPRequestHandler):
