@@ -10,16 +10,17 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rq import command_line, settings
 from rq.catalogue import plain, read_items
 from rq.command_line import log
 from rq.files import InputError, check_output, shown, told, whole_file
-from rq.index_file import read_sids, sid_tokens
+from rq.formats import check_in_index, is_numbered, read_interactions, read_titles
+from rq.index_file import Sid, read_sids, sid_tokens
 from rq.tables import FIELD_NAMES, Table, read_table
 from rq.timestamps import Column, read_times
 
@@ -38,6 +39,7 @@ CSV_COLUMNS = (
 # Characters. Titles and ids are repeated in every history, so a file would grow out of all bounds with long ones.
 LONGEST_NAME, LONGEST_TEXT = 10_000, 1_000_000
 VALID_SHARE, TEST_SHARE = 0.1, 0.1
+ITEM_FIELDS = ("item", "title", "description", "brand", "categories")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Window:
     history: tuple[int, ...]
     target: int
     time: float  # grows with time, in whatever unit the column has
+
+
+class Catalogue(NamedTuple):
+    """All items: raw id -> number, number -> title, number -> SID, such as '<a_12><b_3>'."""
+
+    numbers: dict[str, int]
+    titles: dict[int, str]
+    sids: dict[int, str]
 
 
 def catalogue(metadata: Table) -> dict[str, dict[str, str]]:
@@ -189,7 +199,7 @@ def split_windows(by_user: list[list[Window]], *, split: str) -> dict[str, list[
     return parts
 
 
-def csv_row(window: Window, titles: Sequence[str], sids: Sequence[str]) -> list[object]:
+def csv_row(window: Window, titles: Mapping[int, str], sids: Mapping[int, str]) -> list[object]:
     """The cells of a window in the order of CSV_COLUMNS; the three history lists come from one list of ids.
 
     Window("u", (0, 1), 2, time) -> ["u", "['Pan', 'Tab']", "Bin", "[0, 1]", 2, "['<a_0><b_0>', '<a_1><b_0>']", "<a_2><b_0>"]
@@ -275,8 +285,8 @@ def write_items(
     log.info("next: rq.text2emb, a quantizer, then this command again with --index")
 
 
-def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings: str) -> None:
-    """Second run: the CSVs and the info file, with the SIDs of --index."""
+def published_catalogue(flags: argparse.Namespace, rows: "pd.DataFrame") -> Catalogue:
+    """The items that the first run numbered, with the SIDs of --index."""
     item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
     if not item_file.exists() or not ids_file.exists():
         raise InputError(f"{item_file} or {ids_file} is missing; run this command without --index first")
@@ -289,17 +299,28 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings
             f"{flags.index}: {fault}, {item_file} has {len(titles):,} items; bring the index up with "
             f"rq.generate_indices --append"
         )
-    sids = ["".join(sid_tokens(codes)) for codes in index.values()]
     numbers = number_items(rows, ids_file, renumber=False, may_grow=False)
     check_same_items(titles, item_file, numbers, ids_file)
+    return Catalogue(numbers, dict(enumerate(titles)), joined(index))
+
+
+def joined(index: Mapping[int, Sid]) -> dict[int, str]:
+    """{0: (12, 3)} -> {0: '<a_12><b_3>'}."""
+    return {number: "".join(sid_tokens(codes)) for number, codes in index.items()}
+
+
+def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", catalogue: Catalogue, *, kept_settings: str) -> None:
+    """The CSVs and the info file."""
+    numbers, titles, sids = catalogue.numbers, catalogue.titles, catalogue.sids
     if unused := len(titles) - rows.item.nunique():
         log.info("%s of %s items are in no row that is kept", f"{unused:,}", f"{len(titles):,}")
     by_user = windows(rows, numbers, max_history=flags.max_history)
     parts = split_windows(by_user, split=flags.split)
     targets = {part: flags.output_dir / f"{flags.name}.{part}.csv" for part in parts}
     info_file = flags.output_dir / f"{flags.name}.info.txt"
+    inputs = [path.resolve() for path in (flags.interactions, flags.items) if path]
     for path in (*targets.values(), info_file):
-        if path.resolve() in (flags.interactions.resolve(), flags.items.resolve()):
+        if path.resolve() in inputs:
             raise InputError(f"{path} is also an input of this run; give another --name or --output_dir")
         if path.exists() and not flags.overwrite:
             raise InputError(f"{path} exists; give --overwrite to replace it, or another --output_dir")
@@ -311,7 +332,7 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings
         kept = stack.enter_context(whole_file(settings.settings_file(flags.output_dir, flags.name)))
         kept.write(kept_settings)
         info = stack.enter_context(whole_file(info_file))
-        info.writelines(f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True)))
+        info.writelines(f"{sid}\t{titles[item]}\t{item}\n" for item, sid in sids.items())
     log.info(
         "%s users; each user's first row starts a history and is no target: %s rows",
         f"{len(by_user):,}",
@@ -339,7 +360,6 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--items",
         type=command_line.existing,
-        required=True,
         metavar="FILE",
         help="item, title and, where known, description, brand, categories",
     )
@@ -384,21 +404,31 @@ def main(argv: list[str] | None = None) -> None:
     settings.fill_in(flags, remembered, path=settings_path)
     for ending in settings.ENDINGS:
         check_output(flags.output_dir / f"{flags.name}.{ending}")
+    item_file = flags.output_dir / f"{flags.name}.item.json"
     names = {field: getattr(flags, f"{field}_column") for field in FIELD_NAMES}
 
-    metadata = read_table(
-        flags.items,
-        ("item", "title", "description", "brand", "categories"),
-        names=names,
-        optional=("description", "brand", "categories"),
-    )
-    items = catalogue(metadata)
-    interactions = read_table(flags.interactions, ("user", "item", "time"), names=names)
-    rows = filter_interactions(interactions, known_items=items, k_core=flags.k_core, dayfirst=flags.dayfirst)
+    interactions = read_interactions(flags.interactions, names=names)
+    if interactions.names["time"] == "position" and flags.index and flags.split == "global":
+        raise InputError(f"{flags.interactions} has no times; give --split leave_one_out")
+    if numbered := bool(flags.index) and is_numbered(interactions) and not item_file.exists():
+        index = read_sids(flags.index)
+        check_in_index(interactions, index, index_file=flags.index)
+        titles = read_titles(flags.items, index, index_file=flags.index)
+        known_items: Iterable[str] = map(str, index)
+    else:
+        if not flags.items:
+            raise InputError("--items is missing; only an .inter.json with an --index for its item numbers does without")
+        items = catalogue(read_table(flags.items, ITEM_FIELDS, names=names, optional=ITEM_FIELDS[2:]))
+        known_items = items
+    rows = filter_interactions(interactions, known_items=known_items, k_core=flags.k_core, dayfirst=flags.dayfirst)
     kept_settings = settings.to_keep(flags, remembered, rows_kept=len(rows))
     if flags.index:
         settings.log_other_rows(flags, remembered, rows_kept=len(rows))
-        write_csvs(flags, rows, kept_settings=kept_settings)
+        if numbered:
+            published = Catalogue({str(number): number for number in index}, titles, joined(index))
+        else:
+            published = published_catalogue(flags, rows)
+        write_csvs(flags, rows, published, kept_settings=kept_settings)
     else:
         write_items(flags, rows, items, kept_settings=kept_settings)
 

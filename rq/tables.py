@@ -179,6 +179,26 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from error
 
 
+def first_line(path: Path) -> str:
+    """The first line of a text file that is not blank, up to LONGEST_LINE bytes of it; '' where there is none."""
+    with contextlib.suppress(gzip.BadGzipFile, EOFError, zlib.error), _open(path) as file:
+        for line in iter(lambda: file.readline(LONGEST_LINE), b""):
+            if text := line.decode("utf-8-sig", "replace").strip():
+                return text
+    return ""
+
+
+def whole_text(path: Path) -> str:
+    """All of a UTF-8 text file, unpacked, however long its lines are."""
+    try:
+        with _open(path) as file:
+            return file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({_explained(path, error)}); save the file as UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: broken gzip data ({_explained(path, error)}); fetch it anew") from error
+
+
 def _explained(path: Path, error: Exception) -> str:
     """The error, and the kind of file that its first bytes show: "invalid start byte; its first bytes are those of gzip"."""
     with open(path, "rb") as file:
