@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import refusals
 
 from rq import prepare
+from rq.index_file import write_sids
 
 
 def rows_of(path: Path) -> list[tuple[str, str, str]]:
@@ -92,7 +94,11 @@ def test_a_triple_is_known_by_its_content_whatever_its_name(triple, indent):
         ("inter", {"0": 5}, "'0' has 5; expected "),
         ("inter", {"0": []}, "no user has an item; expected "),
         ("inter", [], "[]; expected "),
-        ("item", {"17": {"title": "Drum"}}, "its first item is '17', the index's '0'; give the items of the same dataset"),
+        (
+            "item",
+            {"17": {"title": "Drum"}},
+            "no item of the interactions has a title: ids here are like '17', those of ",
+        ),
         ("item", {"0": "Drum"}, "'0' has 'Drum'; expected "),
     ],
 )
@@ -106,5 +112,239 @@ def test_a_triple_that_does_not_fit_is_refused(triple, name, content, told):
 
 def test_sequences_without_times_cannot_be_split_by_time(triple):
     told = refusals.refusal(prepare.main, *triple_line(triple, "--k_core", "1"))
-    assert "X.inter.json has no times; give --split leave_one_out" in told
+    assert "X.inter.json has each user's order, but no times; give --split leave_one_out" in told
     assert not (triple / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- tables of others
+
+# Users 1 and 2 buy items 11, 12 and 13 in this order; item 14 is in the catalogue and in no row.
+EVENTS = [("1", "11", 978300001), ("1", "12", 978300002), ("1", "13", 978300003)]
+EVENTS += [("2", "13", 978300001), ("2", "11", 978300002), ("2", "12", 978300003)]
+TITLES = {"11": "Toy Story", "12": "Amélie", "13": 'The "Burbs"', "14": "Never Rented"}
+# Numbers by first appearance in time: 11 is 0, 13 is 1 (both at ..001, user 1 stands first), 12 is 2; 14 comes last.
+NUMBERED = ["11", "13", "12", "14"]
+PARTS = {
+    "train": [],
+    "valid": [("1", "[0]", "2"), ("2", "[1]", "0")],
+    "test": [("1", "[0, 2]", "1"), ("2", "[1, 0]", "2")],
+}
+
+
+def lines(rows: list, separator: str) -> str:
+    return "".join(separator.join(map(str, row)) + "\n" for row in rows)
+
+
+def json_lines(records: list[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def movielens_dat() -> dict[str, bytes]:
+    return {
+        "ratings.dat": lines([(user, item, 5, time) for user, item, time in EVENTS], "::").encode(),
+        "movies.dat": lines([(item, title, "Animation|Comedy") for item, title in TITLES.items()], "::").encode("latin-1"),
+    }
+
+
+def movielens_csv() -> dict[str, bytes]:
+    ratings = [("userId", "movieId", "rating", "timestamp"), *((user, item, 5.0, time) for user, item, time in EVENTS)]
+    quoted = {item: '"' + title.replace('"', '""') + '"' for item, title in TITLES.items()}
+    movies = [("movieId", "title", "genres"), *((item, title, "Animation|Comedy") for item, title in quoted.items())]
+    return {"ratings.csv": lines(ratings, ",").encode(), "movies.csv": lines(movies, ",").encode()}
+
+
+def recbole() -> dict[str, bytes]:
+    inter = [("user_id:token", "item_id:token", "rating:float", "timestamp:float")]
+    inter += [(user, item, 5, f"{time}.0") for user, item, time in EVENTS]
+    items = [("item_id:token", "movie_title:token_seq", "class:token_seq", "vector:float_seq")]
+    items += [(item, title, "Animation Comedy", "0.5 0.25") for item, title in TITLES.items()]
+    return {"ml.inter": lines(inter, "\t").encode(), "ml.item": lines(items, "\t").encode()}
+
+
+def amazon_2014() -> dict[str, bytes]:
+    reviews = [{"reviewerID": user, "asin": item, "overall": 5.0, "unixReviewTime": time} for user, item, time in EVENTS]
+    records = [{"asin": item, "title": title, "categories": [["Film", "DVD"]]} for item, title in TITLES.items()]
+    return {
+        "reviews_Film_5.json.gz": gzip.compress(json_lines(reviews).encode()),
+        "meta_Film.json.gz": gzip.compress("".join(f"{record!r}\n" for record in records).encode()),  # Python, not JSON
+    }
+
+
+def amazon_2018() -> dict[str, bytes]:
+    reviews = [
+        {"image": ["a.jpg"], "overall": 5.0, "reviewerID": user, "asin": item, "unixReviewTime": time}
+        for user, item, time in EVENTS
+    ]
+    records = [
+        {"category": ["Film", "DVD"], "description": ["Steel &amp; wood."], "title": title, "feature": ["Big"], "asin": item}
+        for item, title in TITLES.items()
+    ]
+    return {"Film_5.json": json_lines(reviews).encode(), "meta_Film.json": json_lines(records).encode()}
+
+
+def amazon_2023() -> dict[str, bytes]:
+    reviews = [
+        {"rating": 5.0, "title": "Good", "asin": f"x{item}", "parent_asin": item, "user_id": user, "timestamp": time * 1000}
+        for user, item, time in EVENTS
+    ]
+    records = [
+        {"main_category": "Film", "title": title, "features": ["Big", "New"], "description": ["Steel."], "store": "Acme"}
+        | {"categories": ["Film", "DVD"], "parent_asin": item}
+        for item, title in TITLES.items()
+    ]
+    return {"Film.jsonl": json_lines(reviews).encode(), "meta_Film.jsonl": json_lines(records).encode()}
+
+
+def semicolons() -> dict[str, bytes]:
+    orders = [
+        (" User_ID ", "ITEM_ID", "Timestamp", "price"),
+        *((user, f" {item} ", time, "1,5") for user, item, time in EVENTS),
+    ]
+    quoted = [(item, '"' + title.replace('"', '""') + '"') for item, title in TITLES.items()]
+    return {
+        "orders.csv": lines(orders, ";").encode(),
+        "products.csv": lines([("item_id", "title"), *quoted], ";").encode("cp1252"),
+    }
+
+
+# Format: its files, further flags, what the log says of each file, and the fields of item 0 but its title.
+FORMATS = {
+    "MovieLens .dat": (
+        movielens_dat(),
+        [],
+        ("MovieLens ratings without a header, 6 rows", "MovieLens movies without a header in latin-1, 4 rows"),
+        {"categories": "Animation, Comedy"},
+    ),
+    "MovieLens .csv": (
+        movielens_csv(),
+        [],
+        ("MovieLens ratings, 6 rows", "MovieLens movies, 4 rows"),
+        {"categories": "Animation, Comedy"},
+    ),
+    "RecBole": (
+        recbole(),
+        [],
+        ("RecBole's .inter, 6 rows, user from user_id:token", "RecBole's .item, 4 rows, item from item_id:token"),
+        {"categories": "Animation Comedy"},
+    ),
+    "Amazon 2014": (
+        amazon_2014(),
+        [],
+        ("Amazon 2014 or 2018 reviews, 6 rows", "Amazon 2014 or 2018 items, 4 rows"),
+        {"categories": "Film, DVD"},
+    ),
+    "Amazon 2018": (
+        amazon_2018(),
+        [],
+        ("Amazon 2014 or 2018 reviews, 6 rows", "Amazon 2014 or 2018 items, 4 rows"),
+        {"categories": "Film, DVD", "description": "['Steel & wood.', 'Big']"},
+    ),
+    "Amazon 2023": (
+        amazon_2023(),
+        [],
+        ("Amazon 2023 reviews, 6 rows", "Amazon 2023 items, 4 rows"),
+        {"categories": "Film, DVD", "description": "['Steel.', 'Big', 'New']", "brand": "Acme"},
+    ),
+    "semicolons": (
+        semicolons(),
+        ["--encoding", "cp1252"],
+        ("CSV with ';' between cells, 6 rows, user from User_ID", "CSV with ';' between cells in cp1252, 4 rows"),
+        {},
+    ),
+}
+
+
+def put(folder: Path, files: dict[str, bytes]) -> list[Path]:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
+
+
+def shop_line(folder: Path, paths: list[Path], *extra: object) -> list[str]:
+    line = [f"--interactions={paths[0]}", f"--items={paths[1]}", f"--output_dir={folder}/out", "--name=X", "--k_core=1"]
+    return [*line, *map(str, extra)]
+
+
+def make_index(folder: Path, count: int) -> Path:
+    write_sids(folder / "X.index.json", [(item, 7) for item in range(count)])
+    return folder / "X.index.json"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_enters_as_it_is(tmp_path, capsys, name):
+    files, extra, told, fields = FORMATS[name]
+    paths = put(tmp_path, files)
+    prepare.main(shop_line(tmp_path, paths, *extra))
+    written = capsys.readouterr().err
+    for path, words in zip(paths, told, strict=True):
+        assert f"{path}: {words}" in written
+    assert "6 read, 6 kept" in written
+    assert "4 items, 4 of them new; 1 are in no row that is kept" in written
+    items = json.loads((tmp_path / "out/X.item.json").read_text())
+    assert [item["title"] for item in items.values()] == [TITLES[raw_id] for raw_id in NUMBERED]
+    assert items["0"] == {"title": "Toy Story", "description": "", "brand": "", "categories": ""} | fields
+    prepare.main(shop_line(tmp_path, paths, "--index", make_index(tmp_path, 4), "--split", "leave_one_out"))
+    assert parts_of(tmp_path / "out") == PARTS
+
+
+def test_a_split_by_time_goes_by_the_time_of_the_target(tmp_path):
+    events = [(user, f"{item}", 978300000 + 10 * item + int(user)) for user in "12" for item in range(11, 17)]
+    ratings = lines([(user, item, 5, time) for user, item, time in events], "::").encode()
+    movies = lines([(item, f"Film {item}", "Drama") for item in range(11, 17)], "::").encode()
+    paths = put(tmp_path, {"ratings.dat": ratings, "movies.dat": movies})
+    prepare.main(shop_line(tmp_path, paths))
+    prepare.main(shop_line(tmp_path, paths, "--index", make_index(tmp_path, 6), "--split", "global"))
+    parts = parts_of(tmp_path / "out")
+    # ten windows, two at each of five moments: the last is test, the last but one valid
+    assert [len(rows) for rows in parts.values()] == [8, 1, 1]
+    assert parts["valid"] == [("1", "[0, 1, 2, 3, 4]", "5")]
+    assert parts["test"] == [("2", "[0, 1, 2, 3, 4]", "5")]
+
+
+# ---------------------------------------------------------------------------------------------- P5
+
+P5 = "1 3 1 2\n2 2 1\n3 1\n"
+P5_TITLES = "item_id,title\n1,Pan\n2,Tab\n3,Bin\n"
+
+
+def test_p5_lines_enter_in_their_order(tmp_path, capsys):
+    paths = put(tmp_path, {"sequential_data.txt": P5.encode(), "titles.csv": P5_TITLES.encode()})
+    prepare.main(shop_line(tmp_path, paths))
+    assert "P5's lines of a user and items in order; 3 users, 6 items in all" in capsys.readouterr().err
+    items = json.loads((tmp_path / "out/X.item.json").read_text())
+    assert [item["title"] for item in items.values()] == ["Pan", "Tab", "Bin"]  # numbers stay in their order
+    prepare.main(shop_line(tmp_path, paths, "--index", make_index(tmp_path, 3), "--split", "leave_one_out"))
+    assert parts_of(tmp_path / "out") == {
+        "train": [("2", "[1]", "0")],
+        "valid": [("1", "[2]", "0")],
+        "test": [("1", "[2, 0]", "1")],
+    }
+
+
+def test_p5_numbers_become_the_ids_of_its_metadata(tmp_path, capsys):
+    records = [{"asin": f"B{number}", "title": title} for number, title in enumerate(("Pan", "Tab", "Bin"), 1)]
+    meta = gzip.compress("".join(f"{record!r}\n" for record in records).encode())
+    maps = json.dumps({"id2item": {"1": "B1", "2": "B2", "3": "B3"}}).encode()
+    paths = put(tmp_path, {"sequential_data.txt": P5.encode(), "meta.json.gz": meta, "datamaps.json": maps})
+    prepare.main(shop_line(tmp_path, paths))
+    assert "datamaps.json: item numbers stand for the ids of its id2item, such as 'B1'" in capsys.readouterr().err
+    # at position 0 stand 3, 2 and 1, in the order of the users
+    assert (tmp_path / "out/X.item_ids.csv").read_text() == "raw_id,item_id\nB3,0\nB2,1\nB1,2\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"sequential_data.txt": b"1 2 3\n2 x\n"}, "sequential_data.txt:2: '2 x'; expected numbers, a user and then items"),
+        ({"sequential_data.txt": b"1 2 3\n", "datamaps.json": b"{}"}, "datamaps.json: no table id2item of texts"),
+        (
+            {"sequential_data.txt": b"1 2 3\n", "datamaps.json": b'{"id2item": {"2": "B2"}}'},
+            "datamaps.json: id2item has no item '3' of ",
+        ),
+    ],
+)
+def test_p5_files_that_do_not_fit_are_refused(tmp_path, files, told):
+    paths = put(tmp_path, files)
+    (tmp_path / "titles.csv").write_text(P5_TITLES)
+    assert told in refusals.refusal(prepare.main, *shop_line(tmp_path, [paths[0], tmp_path / "titles.csv"]))
+    assert not (tmp_path / "out").exists()
