@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -347,4 +348,213 @@ def test_p5_files_that_do_not_fit_are_refused(tmp_path, files, told):
     paths = put(tmp_path, files)
     (tmp_path / "titles.csv").write_text(P5_TITLES)
     assert told in refusals.refusal(prepare.main, *shop_line(tmp_path, [paths[0], tmp_path / "titles.csv"]))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- separators and encodings
+
+ORDERS = [("user_id", "item_id", "timestamp"), *EVENTS]
+PRODUCTS = [("item_id", "title"), *((item, f"Film {item}") for item in TITLES)]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|", "::"])
+@pytest.mark.parametrize("ending", ["csv", "tsv", "txt", "dat"])
+def test_the_header_says_what_stands_between_the_cells(tmp_path, separator, ending):
+    files = {f"{name}.{ending}": lines(rows, separator).encode() for name, rows in {"o": ORDERS, "p": PRODUCTS}.items()}
+    prepare.main(shop_line(tmp_path, put(tmp_path, files)))
+    assert [row.split(",")[0] for row in (tmp_path / "out/X.item_ids.csv").read_text().split()[1:]] == NUMBERED
+
+
+def test_sep_is_for_what_no_header_says(tmp_path):
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, "#").encode(), "p.csv": lines(PRODUCTS, ",").encode()})
+    told = refusals.refusal(prepare.main, *shop_line(tmp_path, paths))
+    assert "no column for the user among user_id#item_id#timestamp (what stands between the cells? name it by --sep)" in told
+    prepare.main(shop_line(tmp_path, paths, "--sep=#"))
+    index = make_index(tmp_path, 4)
+    prepare.main(shop_line(tmp_path, paths, "--index", index, "--split", "leave_one_out"))  # --sep is as in the run before
+    assert parts_of(tmp_path / "out") == PARTS
+
+
+def test_an_encoding_is_for_what_is_not_utf_8(tmp_path):
+    titles = [("item_id", "title"), *((item, f"电影 {item}") for item in TITLES)]
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.csv": lines(titles, ",").encode("gb18030")})
+    told = refusals.refusal(prepare.main, *shop_line(tmp_path, paths))
+    assert "p.csv:2: not UTF-8 text" in told
+    assert "or name its encoding by --encoding, such as latin-1 or gb18030" in told
+    prepare.main(shop_line(tmp_path, paths, "--encoding", "gb18030"))
+    first = (tmp_path / "out/X.item.json").read_text()
+    assert json.loads(first)["0"]["title"] == "电影 11"
+    put(tmp_path, {"p.csv": lines(titles, ",").encode()})  # UTF-8 stays UTF-8
+    prepare.main(shop_line(tmp_path, paths, "--encoding", "gb18030", "--overwrite"))
+    assert (tmp_path / "out/X.item.json").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--sep=abc", "'abc' is not what can stand between cells, such as ; or tab or ::"),
+        ("--sep=", "'' is not what can stand between cells"),
+        ("--encoding=utf-16", "'utf-16' is not an encoding that can be read"),
+        ("--encoding=base64", "'base64' is not an encoding that can be read"),
+        ("--encoding=klingon", "'klingon' is not an encoding that can be read"),
+    ],
+)
+def test_what_is_no_separator_or_encoding_is_refused(tmp_path, flag, told):
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.csv": lines(PRODUCTS, ",").encode()})
+    assert told in refusals.refusal(prepare.main, *shop_line(tmp_path, paths, flag))
+
+
+def test_a_quote_in_a_file_without_quotes_is_a_character(tmp_path):
+    titles = [("item_id:token", "title:token_seq"), ("11", '"Weird Al'), ("12", '5" Pipe'), ("13", '""'), ("14", "x")]
+    paths = put(tmp_path, {"a.csv": lines(ORDERS, ",").encode(), "a.item": lines(titles, "\t").encode()})
+    prepare.main(shop_line(tmp_path, paths))
+    items = json.loads((tmp_path / "out/X.item.json").read_text())
+    assert [item["title"] for item in items.values()] == ['"Weird Al', '""', '5" Pipe', "x"]
+
+
+def test_a_file_without_a_header_names_the_line_of_a_fault(tmp_path):
+    paths = put(
+        tmp_path, {"ratings.dat": b"1::11::5::978300001\n\n1::12::5::soon\n", "p.csv": lines(PRODUCTS, ",").encode()}
+    )
+    assert "ratings.dat:3: 'soon'" in refusals.refusal(prepare.main, *shop_line(tmp_path, paths))
+
+
+# ---------------------------------------------------------------------------------------------- items in no row, ids, texts
+
+
+def test_items_in_no_row_follow_and_new_ones_are_appended(tmp_path, capsys):
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.csv": lines(PRODUCTS, ",").encode()})
+    prepare.main(shop_line(tmp_path, paths))
+    before = (tmp_path / "out/X.item.json").read_text().splitlines()[:-1]
+    more = [*PRODUCTS[:1], ("15", "Film 15"), *PRODUCTS[1:]]
+    put(tmp_path, {"p.csv": lines(more, ",").encode(), "o.csv": lines([*ORDERS, ("2", "14", 978300009)], ",").encode()})
+    prepare.main(shop_line(tmp_path, paths, "--append"))
+    assert "5 items, 1 of them new; 1 are in no row that is kept" in capsys.readouterr().err
+    after = (tmp_path / "out/X.item.json").read_text().splitlines()
+    assert after[:4] == before
+    assert json.loads((tmp_path / "out/X.item.json").read_text())["4"]["title"] == "Film 15"
+
+
+def test_bought_only_numbers_the_items_in_the_rows_alone(tmp_path):
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.csv": lines(PRODUCTS, ",").encode()})
+    prepare.main(shop_line(tmp_path, paths, "--bought_only"))
+    assert (tmp_path / "out/X.item_ids.csv").read_text() == "raw_id,item_id\n11,0\n13,1\n12,2\n"
+
+
+def test_settings_of_a_version_without_these_flags_are_read(tmp_path):
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.csv": lines(PRODUCTS, ",").encode()})
+    prepare.main(shop_line(tmp_path, paths, "--bought_only"))
+    kept = json.loads((tmp_path / "out/X.prepare.json").read_text())
+    for name in ("features_column", "sep", "encoding", "bought_only"):
+        del kept[name]
+    (tmp_path / "out/X.prepare.json").write_text(json.dumps(kept))
+    prepare.main(shop_line(tmp_path, paths, "--append"))  # it numbered no item but those in its rows
+    assert (tmp_path / "out/X.item_ids.csv").read_text() == "raw_id,item_id\n11,0\n13,1\n12,2\n"
+    (tmp_path / "out/X.prepare.json").write_text(json.dumps({**kept, "encoding": "base64"}))
+    told = refusals.refusal(prepare.main, *shop_line(tmp_path, paths, "--append"))
+    assert "X.prepare.json: encoding is 'base64'; mend it" in told
+
+
+def test_an_id_of_each_file_is_shown_where_they_do_not_meet(tmp_path):
+    products = [("item_id", "title"), ("SKU-11", "Film")]
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.csv": lines(products, ",").encode()})
+    told = refusals.refusal(prepare.main, *shop_line(tmp_path, paths))
+    assert told.startswith(
+        f"rq.prepare: {paths[1]}: no item of the interactions has a title: ids here are like 'SKU-11', those"
+    )
+    assert f"those of {paths[0]} like '11'" in told
+    put(tmp_path, {"p.csv": b"item_id,title\n11,\n"})
+    assert "p.csv: no item has a title and an id" in refusals.refusal(prepare.main, *shop_line(tmp_path, paths))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("Nuts &amp; Bolts", "Nuts & Bolts"),
+        ("Nuts &amp;amp; Bolts", "Nuts & Bolts"),
+        ("<b>Big</b>ger<br/>box", "Bigger box"),
+        ("&lt;p class=&quot;x&quot;&gt;Steel&lt;/p&gt;", "Steel"),
+        ("a <!-- note --> b<script>run()</script>", "a b"),
+        ("< 5 mm & > 3 mm, <a_12><b_3>, R&D", "< 5 mm & > 3 mm, <a_12><b_3>, R&D"),
+        ("<script unclosed", "<script unclosed"),
+        ("&copy; &#8482; Caf&eacute;", "© ™ Café"),
+    ],
+)
+def test_entities_are_decoded_and_mark_up_is_dropped(tmp_path, text, seen):
+    records = [
+        {"asin": "11", "title": f"T {text}", "description": [text, "x"]},
+        {"asin": "12", "title": "T", "description": text},
+    ]
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.jsonl": json_lines(records).encode()})
+    prepare.main(shop_line(tmp_path, paths))
+    items = json.loads((tmp_path / "out/X.item.json").read_text())
+    assert items["0"]["title"] == f"T {seen}"
+    assert items["0"]["description"] == repr([seen, "x"])
+    assert items["1"]["description"] == (text if text == seen else repr([seen]))
+
+
+def test_a_description_with_nothing_to_mend_stays_as_it_is(tmp_path):
+    products = "item_id,title,description\n11,Pan,\"['Steel.',  'Big.']\"\n12,Tab,  two  blanks\n13,Bin,\"['A &amp; B']\"\n"
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.csv": products.encode()})
+    prepare.main(shop_line(tmp_path, paths))
+    items = json.loads((tmp_path / "out/X.item.json").read_text())
+    assert [item["description"] for item in items.values()] == ["['Steel.',  'Big.']", "['A & B']", "two  blanks"]
+
+
+# ---------------------------------------------------------------------------------------------- the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch) -> dict[str, object]:
+    """Datasets that the library would fetch: (path, configuration or address of a file) -> what it gives."""
+    import datasets
+
+    def rows(events: list) -> datasets.Dataset:
+        users, items, times = zip(*events, strict=True)
+        return datasets.Dataset.from_dict(
+            {"user_id": users, "rating": [5] * len(users), "parent_asin": items, "timestamp": times}
+        )
+
+    found = {
+        ("shop/orders", None): datasets.DatasetDict({"train": rows(EVENTS[:4]), "test": rows(EVENTS[4:])}),
+        ("shop/orders", "films"): rows(EVENTS),
+        ("json", "hf://datasets/shop/orders/raw/films.jsonl"): rows(EVENTS),
+    }
+
+    def load_dataset(path: str, name: str | None = None, data_files: str | None = None) -> object:
+        if (path, name or data_files) not in found:
+            raise FileNotFoundError(f"Dataset '{path}' doesn't exist on the Hub\nor cannot be accessed.")
+        return found[path, name or data_files]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return found
+
+
+@pytest.mark.parametrize("address", ["shop/orders", "shop/orders/films", "shop/orders/raw/films.jsonl"])
+def test_interactions_of_the_hub_enter_as_they_are(tmp_path, hub, capsys, address):
+    paths = put(tmp_path, {"p.csv": lines(PRODUCTS, ",").encode()})
+    line = [*shop_line(tmp_path, [paths[0], *paths]), f"--interactions=hf://datasets/{address}"]
+    prepare.main(line)
+    told = capsys.readouterr().err
+    assert f"hf://datasets/{address}: Amazon 2023 reviews, 6 rows, user from user_id, item from parent_asin" in told
+    prepare.main([*line, "--index", str(make_index(tmp_path, 4)), "--split", "leave_one_out"])
+    assert parts_of(tmp_path / "out") == PARTS
+
+
+def test_what_the_hub_does_not_give_is_one_line(tmp_path, hub, monkeypatch):
+    paths = put(tmp_path, {"p.csv": lines(PRODUCTS, ",").encode()})
+    line = shop_line(tmp_path, [paths[0], *paths])
+    told = refusals.refusal(prepare.main, *line, "--interactions=hf://datasets/shop/none")
+    assert (
+        "hf://datasets/shop/none: cannot be read (Dataset 'shop/none' doesn't exist on the Hub or cannot be accessed.)"
+        in told
+    )
+    told = refusals.refusal(prepare.main, *line, "--interactions=hf://datasets/shop")
+    assert "hf://datasets/shop: expected hf://datasets/OWNER/NAME" in told
+    told = refusals.refusal(prepare.main, *line, "--interactions=hf://datasets/shop/orders", "--time_column=when")
+    assert "hf://datasets/shop/orders: no column for the time among user_id, rating, parent_asin, timestamp" in told
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    told = refusals.refusal(prepare.main, *line, "--interactions=hf://datasets/shop/orders")
+    assert "hf://datasets/shop/orders: the library datasets is not installed; pip install datasets, or give a file" in told
     assert not (tmp_path / "out").exists()
