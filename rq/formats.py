@@ -46,20 +46,24 @@ LAYOUTS = {
     "tsv": Layout("TSV", "\t"),
     "txt": Layout("text", "\t"),
     "dat": Layout("text", "::", quoted=False),
+    "data": Layout("text", "\t", quoted=False),
     "inter": Layout("RecBole's .inter", "\t", quoted=False),
     "item": Layout("RecBole's .item", "\t", quoted=False),
 }
 SEPARATORS = (",", ";", "\t", "|", "::")
 # What the first line of a file without a header looks like, and its layout.
 RATINGS = ("user_id", "item_id", "rating", "timestamp")
-WITHOUT_HEADER = (
-    (re.compile(r"\d+::\d+::[\d.]+::\d+"), Layout("MovieLens ratings without a header", "::", False, RATINGS)),
-    (
-        re.compile(r"\d+::[^:].*::.+"),
-        Layout("MovieLens movies without a header", "::", False, ("item_id", "title", "genres"), other_encoding="latin-1"),
-    ),
-    (re.compile(r"\d+\t\d+\t[\d.]+\t\d+"), Layout("MovieLens ratings without a header", "\t", False, RATINGS)),
-    (re.compile(r"[A-Z0-9]+,[A-Z0-9]+,\d\.\d,\d+"), Layout("Amazon ratings without a header", ",", False, RATINGS)),
+MOVIES = ("item_id", "title", "genres")
+MOVIES_100K = ("item_id", "title", "release", "video", "address", *(f"genre_{number}" for number in range(19)))
+WITHOUT_HEADER = tuple(
+    (re.compile(pattern), Layout(f"{what} without a header", separator, False, columns, other_encoding=other))
+    for pattern, what, separator, columns, other in (
+        (r"\d+::\d+::[\d.]+::\d+", "MovieLens ratings", "::", RATINGS, None),
+        (r"\d+::[^:].*::.+", "MovieLens movies", "::", MOVIES, "latin-1"),
+        (r"\d+\t\d+\t[\d.]+\t\d+", "MovieLens ratings", "\t", RATINGS, None),
+        (r"\d+\|([^|]*\|){4}[01](\|[01]){18}", "MovieLens movies", "|", MOVIES_100K, "latin-1"),
+        (r"[A-Z0-9]+,[A-Z0-9]+,\d\.\d,\d+", "Amazon ratings", ",", RATINGS, None),
+    )
 )
 SEQUENCE = re.compile(r"\d+( +\d+)+ *")  # the first line of P5's sequential_data.txt: a user, then items
 # The columns read -> whose they are.

@@ -1,7 +1,9 @@
 """JSON files that are one object with an entry for each user or item, rather than a record a line.
 
-X.inter.json  {"0": [17, 4, 9], ..}          of lists: user -> item numbers, oldest first
-X.item.json   {"0": {"title": "Pan"}, ..}    of objects: item number -> its fields
+    X.inter.json  {"0": [17, 4, 9], ..}          of lists: user -> item numbers, oldest first
+    X.item.json   {"0": {"title": "Pan"}, ..}    of objects: item number -> its fields
+
+Their ids are the keys, so a file is read whole.
 """
 
 import json

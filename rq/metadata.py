@@ -1,7 +1,10 @@
 """The items of a table of metadata as `.item.json` holds them.
 
-item_id,title,description,features  ->  {"p": {"title": "Nuts & Bolts", "description": "['Steel.', '100 pieces']", ..}}
-p,Nuts &amp; Bolts,Steel.,100 <b>pieces</b>
+    item_id,title,description,features
+    p,Nuts &amp; Bolts,Steel.,100 <b>pieces</b>
+        -> {"p": {"title": "Nuts & Bolts", "description": "['Steel.', '100 pieces']", "brand": "", "categories": ""}}
+
+Cells may be lists, and texts the repr of lists.
 """
 
 import math

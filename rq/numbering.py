@@ -1,8 +1,9 @@
 """The items of a shop by number: raw id -> number, number -> title and SID.
 
-X.item_ids.csv  raw_id,item_id      what the first run of rq.prepare gave the items, and keeps
-                B00X,0
-X.inter.json, X.index.json          LC-Rec's items have their numbers already
+    X.item_ids.csv  raw_id,item_id      what the first run of rq.prepare gave the items
+                    B00X,0
+
+A number stays what it is for good. LC-Rec's items have their numbers already: those of X.inter.json and X.index.json.
 """
 
 import argparse

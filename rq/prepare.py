@@ -3,6 +3,7 @@
 
 The same command is run twice: first without --index, for the items that rq.text2emb and a quantizer make an
 index of; then with --index added, for the train / valid / test CSVs and the info file, whose SIDs come from it.
+Files whose items have the numbers of an index already, X.inter.json and X.index.json, need the second run alone.
 """
 
 import argparse
@@ -49,6 +50,7 @@ CSV_COLUMNS = (
     "item_sid",
 )
 VALID_SHARE, TEST_SHARE = 0.1, 0.1
+NO_ITEMS = "--items is missing; only an .inter.json with the --index of its item numbers does without it"
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     if flags.append and flags.index:
         raise InputError("--append adds items, which have no SID yet; run it without --index first")
+    if not flags.items and not flags.index:
+        raise InputError(NO_ITEMS)
     settings_path = settings.settings_file(flags.output_dir, flags.name)
     remembered = settings.read_settings(settings_path)
     settings.fill_in(flags, remembered, path=settings_path)
@@ -337,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{flags.interactions} has each user's order, but no times; give --split leave_one_out")
     numbered = bool(flags.index) and not ids_file.exists() and is_numbered(interactions)
     if not flags.items and not numbered:
-        raise InputError("--items is missing; only an .inter.json with the --index of its item numbers does without it")
+        raise InputError(NO_ITEMS)
     items: dict[str, dict[str, str]] = {}
     if flags.items:
         items = catalogue(read_table(flags.items, ITEM_FIELDS, optional=OPTIONAL_FIELDS, **reading))

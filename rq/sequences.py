@@ -1,8 +1,10 @@
 """Files of each user's items in order, without times.
 
-X.inter.json         {"0": [17, 4, 9], "1": [4, 9]}     LC-Rec and LETTER
-sequential_data.txt  1 17 4 9                           P5: a user, then items; datamaps.json beside it has the real ids
-    -> Table(rows: columns user, item, time: ("0", "17", 0), ("0", "4", 1), ..; has_times False)
+    X.inter.json         {"0": [17, 4, 9], "1": [4, 9]}     LC-Rec and LETTER
+    sequential_data.txt  1 17 4 9                           P5: a user, then items
+        -> Table(rows: columns user, item, time: ("0", "17", 0), ("0", "4", 1), ..; has_times False)
+
+Every other file is a table, and read by rq.tables.
 """
 
 import logging
@@ -20,7 +22,7 @@ from rq.text_files import first_line, lines
 
 log = logging.getLogger("rq.sequences")
 
-P5_NAMES, P5_MAPS = "sequential_data.txt", "datamaps.json"
+P5_FILE, P5_MAPS = "sequential_data.txt", "datamaps.json"
 
 
 def read_interactions(path: Path, *, names: dict[str, str | None], sep: str | None, encoding: str | None) -> Table:
@@ -49,7 +51,7 @@ def _p5_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
 def _with_real_ids(path: Path, users: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
     """The items by the ids that they have in the metadata, where P5's table of ids stands beside its file."""
     maps = path.with_name(P5_MAPS)
-    if path.name != P5_NAMES or not maps.exists():
+    if path.name != P5_FILE or not maps.exists():
         return users
     expected = 'P5\'s {"id2item": {"1": "B00X", ..}, ..}'
     content = read_json(maps, expected=expected)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import refusals
+from conftest import ROOT
 
 from rq import prepare
 from rq.index_file import write_sids
@@ -140,6 +142,10 @@ def json_lines(records: list[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+def packed(text: str) -> bytes:
+    return gzip.compress(text.encode())
+
+
 def movielens_dat() -> dict[str, bytes]:
     return {
         "ratings.dat": lines([(user, item, 5, time) for user, item, time in EVENTS], "::").encode(),
@@ -159,15 +165,23 @@ def recbole() -> dict[str, bytes]:
     inter += [(user, item, 5, f"{time}.0") for user, item, time in EVENTS]
     items = [("item_id:token", "movie_title:token_seq", "class:token_seq", "vector:float_seq")]
     items += [(item, title, "Animation Comedy", "0.5 0.25") for item, title in TITLES.items()]
-    return {"ml.inter": lines(inter, "\t").encode(), "ml.item": lines(items, "\t").encode()}
+    return {"X.inter": lines(inter, "\t").encode(), "X.item": lines(items, "\t").encode()}
+
+
+def movielens_100k() -> dict[str, bytes]:
+    movies = [(item, title, "01-Jan-1995", "", "", *[0] * 18, 1) for item, title in TITLES.items()]
+    return {
+        "u.data": lines([(user, item, 5, time) for user, item, time in EVENTS], "\t").encode(),
+        "u.item": lines(movies, "|").encode("latin-1"),
+    }
 
 
 def amazon_2014() -> dict[str, bytes]:
     reviews = [{"reviewerID": user, "asin": item, "overall": 5.0, "unixReviewTime": time} for user, item, time in EVENTS]
     records = [{"asin": item, "title": title, "categories": [["Film", "DVD"]]} for item, title in TITLES.items()]
     return {
-        "reviews_Film_5.json.gz": gzip.compress(json_lines(reviews).encode()),
-        "meta_Film.json.gz": gzip.compress("".join(f"{record!r}\n" for record in records).encode()),  # Python, not JSON
+        "reviews_X_5.json.gz": packed(json_lines(reviews)),
+        "meta_X.json.gz": packed("".join(f"{record!r}\n" for record in records)),  # Python, not JSON
     }
 
 
@@ -180,7 +194,7 @@ def amazon_2018() -> dict[str, bytes]:
         {"category": ["Film", "DVD"], "description": ["Steel &amp; wood."], "title": title, "feature": ["Big"], "asin": item}
         for item, title in TITLES.items()
     ]
-    return {"Film_5.json": json_lines(reviews).encode(), "meta_Film.json": json_lines(records).encode()}
+    return {"X_5.json.gz": packed(json_lines(reviews)), "meta_X.json.gz": packed(json_lines(records))}
 
 
 def amazon_2023() -> dict[str, bytes]:
@@ -193,7 +207,7 @@ def amazon_2023() -> dict[str, bytes]:
         | {"categories": ["Film", "DVD"], "parent_asin": item}
         for item, title in TITLES.items()
     ]
-    return {"Film.jsonl": json_lines(reviews).encode(), "meta_Film.jsonl": json_lines(records).encode()}
+    return {"X.jsonl.gz": packed(json_lines(reviews)), "meta_X.jsonl.gz": packed(json_lines(records))}
 
 
 def semicolons() -> dict[str, bytes]:
@@ -215,6 +229,12 @@ FORMATS = {
         [],
         ("MovieLens ratings without a header, 6 rows", "MovieLens movies without a header in latin-1, 4 rows"),
         {"categories": "Animation, Comedy"},
+    ),
+    "MovieLens 100K": (
+        movielens_100k(),
+        [],
+        ("MovieLens ratings without a header, 6 rows", "MovieLens movies without a header in latin-1, 4 rows"),
+        {},
     ),
     "MovieLens .csv": (
         movielens_csv(),
@@ -288,6 +308,15 @@ def test_a_format_enters_as_it_is(tmp_path, capsys, name):
     assert parts_of(tmp_path / "out") == PARTS
 
 
+def test_the_files_that_the_readme_names_are_those_of_these_tests():
+    table = (ROOT / "rq/README.md").read_text().split("\n| --- | --- | --- |\n")[1].split("\n\n")[0]
+    named = re.findall(r"`python -m rq.prepare --interactions (\S+)(?: --index \S+)?(?: --items ([^\s`]+))", table)
+    assert len(named) == len(table.splitlines())
+    tested = {tuple(files) for files, *_ in FORMATS.values()} | {("X.inter.json", "X.item.json")}
+    tested |= {("sequential_data.txt", "meta.json.gz"), ("ratings_X.csv", "meta_X.json.gz")}
+    assert {files for files in named if not files[0].startswith("hf://")} == tested
+
+
 def test_a_split_by_time_goes_by_the_time_of_the_target(tmp_path):
     events = [(user, f"{item}", 978300000 + 10 * item + int(user)) for user in "12" for item in range(11, 17)]
     ratings = lines([(user, item, 5, time) for user, item, time in events], "::").encode()
@@ -300,6 +329,21 @@ def test_a_split_by_time_goes_by_the_time_of_the_target(tmp_path):
     assert [len(rows) for rows in parts.values()] == [8, 1, 1]
     assert parts["valid"] == [("1", "[0, 1, 2, 3, 4]", "5")]
     assert parts["test"] == [("2", "[0, 1, 2, 3, 4]", "5")]
+
+
+WITHOUT_HEADER = {
+    "u.data": ("MovieLens ratings", lines([(user, item, 5, time) for user, item, time in EVENTS], "\t")),
+    "ratings_X.csv": ("Amazon ratings", lines([(f"A{user}", item, "5.0", time) for user, item, time in EVENTS], ",")),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_HEADER)
+def test_ratings_without_a_header_are_known_by_their_first_line(tmp_path, capsys, name):
+    what, content = WITHOUT_HEADER[name]
+    paths = put(tmp_path, {name: content.encode(), "p.csv": b"item_id,title\n11,Pan\n12,Tab\n13,Bin\n"})
+    prepare.main(shop_line(tmp_path, paths))
+    assert f"{name}: {what} without a header, 6 rows, user from user_id" in capsys.readouterr().err
+    assert (tmp_path / "out/X.item_ids.csv").read_text() == "raw_id,item_id\n11,0\n13,1\n12,2\n"
 
 
 # ---------------------------------------------------------------------------------------------- P5
@@ -320,6 +364,14 @@ def test_p5_lines_enter_in_their_order(tmp_path, capsys):
         "valid": [("1", "[2]", "0")],
         "test": [("1", "[2, 0]", "1")],
     }
+
+
+def test_lines_of_a_user_and_one_item_are_read_in_their_order(tmp_path):
+    pairs = "".join(f"{user} {item}\n" for user, items in ((1, (3, 1, 2)), (2, (2, 1)), (3, (1,))) for item in items)
+    paths = put(tmp_path, {"pairs.txt": pairs.encode(), "titles.csv": P5_TITLES.encode()})
+    prepare.main(shop_line(tmp_path, paths))
+    prepare.main(shop_line(tmp_path, paths, "--index", make_index(tmp_path, 3), "--split", "leave_one_out"))
+    assert parts_of(tmp_path / "out")["test"] == [("1", "[2, 0]", "1")]
 
 
 def test_p5_numbers_become_the_ids_of_its_metadata(tmp_path, capsys):

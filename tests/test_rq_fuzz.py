@@ -209,7 +209,7 @@ def parquet_files(draw: Callable) -> bytes:
     return draw(mutated_bytes(sink.getvalue())) if draw(st.booleans()) else sink.getvalue()
 
 
-ENDINGS_OF_TEXT = [".csv", ".tsv", ".inter", ".item", ".txt", ".dat", ".inter.gz"]
+ENDINGS_OF_TEXT = [".data", ".csv", ".tsv", ".inter", ".item", ".txt", ".dat", ".inter.gz"]
 
 
 @fuzz(csv_files(), st.sampled_from(ENDINGS_OF_TEXT), st.sampled_from([b",", b";", b"\t", b"|", b"::", b":"]), READ_TABLE)
