@@ -59,7 +59,7 @@ WITHOUT_HEADER = tuple(
     (re.compile(pattern), Layout(f"{what} without a header", separator, False, columns, other_encoding=other))
     for pattern, what, separator, columns, other in (
         (r"\d+::\d+::[\d.]+::\d+", "MovieLens ratings", "::", RATINGS, None),
-        (r"\d+::[^:].*::.+", "MovieLens movies", "::", MOVIES, "latin-1"),
+        (r"\d+::((?!::).)+::((?!::).)+", "MovieLens movies", "::", MOVIES, "latin-1"),
         (r"\d+\t\d+\t[\d.]+\t\d+", "MovieLens ratings", "\t", RATINGS, None),
         (r"\d+\|([^|]*\|){4}[01](\|[01]){18}", "MovieLens movies", "|", MOVIES_100K, "latin-1"),
         (r"[A-Z0-9]+,[A-Z0-9]+,\d\.\d,\d+", "Amazon ratings", ",", RATINGS, None),

@@ -49,7 +49,7 @@ def read_object(path: Path, *, of: type) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({told(error)}); expected {expected}") from error
     if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: {shown(content)}; expected {expected}")
+        raise InputError(f"{path}: holds {shown(content)}; expected {expected}")
     for key, value in content.items():
         if not isinstance(value, of):
             raise InputError(f"{path}: {shown(key)} has {shown(value)}; expected {expected}")

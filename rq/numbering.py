@@ -81,6 +81,16 @@ def items_to_number(table: Table, rows: "pd.DataFrame", items: Mapping[str, obje
     return sorted(raw_ids, key=int) if not table.has_times and are_numbers(raw_ids) else raw_ids
 
 
+def why_not_numbered(table: Table, ids_file: Path) -> str:
+    """Why the items are not named by their numbers in an index, in words; '' where they are."""
+    if ids_file.exists():
+        return f"{ids_file} is of a run that numbered the items itself"
+    if table.has_times:
+        return f"{table.path} is a table, not the item numbers of each user"
+    other = next((raw_id for raw_id in table.rows.item.drop_duplicates() if not are_numbers([raw_id])), None)
+    return "" if other is None else f"{table.path} has the item {shown(other)}"
+
+
 def check_ids_meet(table: Table, raw_ids: Sequence[str], items: Mapping[str, object], *, items_file: Path) -> None:
     """InputError, with an id of each file, where no item of the interactions has a title in the other file."""
     if not items:

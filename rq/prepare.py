@@ -32,8 +32,9 @@ from rq.numbering import (
     numbered_items,
     published_items,
     read_numbers,
+    why_not_numbered,
 )
-from rq.sequences import check_in_index, is_numbered, read_interactions
+from rq.sequences import check_in_index, read_interactions
 from rq.tables import Table, read_table
 from rq.timestamps import Column, read_times
 
@@ -337,11 +338,12 @@ def main(argv: list[str] | None = None) -> None:
         "encoding": flags.encoding,
     }
     interactions = read_interactions(flags.interactions, **reading)
+    why_not = why_not_numbered(interactions, ids_file)
+    numbered = bool(flags.index) and not why_not
+    if not flags.items and not numbered:
+        raise InputError(f"{NO_ITEMS}: {why_not}")
     if not interactions.has_times and flags.index and flags.split == "global":
         raise InputError(f"{flags.interactions} has each user's order, but no times; give --split leave_one_out")
-    numbered = bool(flags.index) and not ids_file.exists() and is_numbered(interactions)
-    if not flags.items and not numbered:
-        raise InputError(NO_ITEMS)
     items: dict[str, dict[str, str]] = {}
     if flags.items:
         items = catalogue(read_table(flags.items, ITEM_FIELDS, optional=OPTIONAL_FIELDS, **reading))

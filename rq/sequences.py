@@ -94,11 +94,6 @@ def are_numbers(raw_ids: Iterable[str]) -> bool:
     return all(text.isascii() and text.isdigit() and len(text) <= LONGEST_ID and str(int(text)) == text for text in raw_ids)
 
 
-def is_numbered(table: Table) -> bool:
-    """Whether a table of sequences names its items by numbers."""
-    return not table.has_times and are_numbers(table.rows.item.drop_duplicates())
-
-
 def check_in_index(table: Table, index: Mapping[int, Sid], *, index_file: Path) -> None:
     """InputError where an item of the interactions has no SID, which says that the two files are not of one dataset."""
     unknown = table.rows.item[~table.rows.item.astype("int64").isin(list(index))]

@@ -231,12 +231,13 @@ def _csv_header(path: Path, layout: Layout) -> Sequence[str]:
         raise InputError(f"{path}: {len(header):,} columns; expected a table of at most {MOST_COLUMNS:,}")
     with contextlib.suppress(StopIteration, csv.Error):
         if len(next(rows)[1]) > len(header):
-            raise InputError(_not_as_the_header(path, "the first row has more cells than the header", header))
+            raise InputError(_not_as_the_header(path, layout, "the first row has more cells than the header", header))
     return header
 
 
-def _not_as_the_header(path: Path, fault: str, header: Sequence[str]) -> str:
-    return f"{path}: {fault}; expected {len(header)} cells in each row; put a cell that holds the separator in quotes"
+def _not_as_the_header(path: Path, layout: Layout, fault: str, header: Sequence[str]) -> str:
+    cure = "put a cell that holds the separator in quotes" if layout.quoted else f"no cell may hold {layout.separator!r}"
+    return f"{path}: {fault}; expected {len(header)} cells in each row; {cure}"
 
 
 def _read_csv(path: Path, layout: Layout, header: Sequence[str], wanted: Sequence[int]) -> "pd.DataFrame":
@@ -271,14 +272,14 @@ def _read_csv(path: Path, layout: Layout, header: Sequence[str], wanted: Sequenc
             for part in reader:
                 rows += len(part)
                 if rows * len(header) > size + 2 * CELLS_AT_ONCE:  # a cell has at least its separator
-                    raise InputError(_not_as_the_header(path, "most rows have fewer cells than the header", header))
+                    raise InputError(_not_as_the_header(path, layout, "most rows have fewer cells than the header", header))
                 parts.append(part[list(wanted)])
             return pd.concat(parts)
     except pd.errors.ParserError as error:
         fault = told(error).removeprefix("Error tokenizing data. C error: ").strip()
-        raise InputError(_not_as_the_header(path, fault, header)) from error
+        raise InputError(_not_as_the_header(path, layout, fault, header)) from error
     except pd.errors.ParserWarning as error:
-        raise InputError(_not_as_the_header(path, "the first row has more cells than the header", header)) from error
+        raise InputError(_not_as_the_header(path, layout, "the first row has more cells than the header", header)) from error
     except (UnicodeDecodeError, *BROKEN_GZIP) as error:
         for _ in lines(path, encoding=layout.encoding):  # names the line
             pass

@@ -96,7 +96,7 @@ def test_a_triple_is_known_by_its_content_whatever_its_name(triple, indent):
         ("inter", {"0": [0, 1.5]}, "user '0' has the item 1.5; expected "),
         ("inter", {"0": 5}, "'0' has 5; expected "),
         ("inter", {"0": []}, "no user has an item; expected "),
-        ("inter", [], "[]; expected "),
+        ("inter", [], "holds []; expected "),
         (
             "item",
             {"17": {"title": "Drum"}},
@@ -110,6 +110,18 @@ def test_a_triple_that_does_not_fit_is_refused(triple, name, content, told):
     line = refusals.refusal(prepare.main, *triple_line(triple, *LEAVE_ONE_OUT))
     assert line.startswith(f"rq.prepare: {triple}/X.{name}.json")
     assert told in line
+    assert not (triple / "out").exists()
+
+
+def test_items_may_be_left_out_only_where_the_interactions_have_the_numbers_of_the_index(triple):
+    told = "--items is missing; only an .inter.json with the --index of its item numbers does without it"
+    line = triple_line(triple, *LEAVE_ONE_OUT, items=False)
+    assert told in refusals.refusal(prepare.main, line[0], *line[2:])
+    swapped = [f"--interactions={triple}/X.index.json", *line[1:]]
+    assert f"{told}: {triple}/X.index.json has the item '<a_0>'" in refusals.refusal(prepare.main, *swapped)
+    (triple / "o.csv").write_text("user_id,item_id,timestamp\nu,1,5\n")
+    table = [f"--interactions={triple}/o.csv", *line[1:]]
+    assert f"{told}: {triple}/o.csv is a table, not the item numbers of" in refusals.refusal(prepare.main, *table)
     assert not (triple / "out").exists()
 
 
@@ -344,6 +356,32 @@ def test_ratings_without_a_header_are_known_by_their_first_line(tmp_path, capsys
     prepare.main(shop_line(tmp_path, paths))
     assert f"{name}: {what} without a header, 6 rows, user from user_id" in capsys.readouterr().err
     assert (tmp_path / "out/X.item_ids.csv").read_text() == "raw_id,item_id\n11,0\n13,1\n12,2\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "users.dat",
+            b"1::F::1::10::48067\n",
+            "no column for the user among 1, F, 1, 10, 48067; expected user_id or user or ",
+        ),
+        (
+            "ratings.dat",
+            b"1::11::5::978300001\n1::11::5::9783::1\n",
+            "saw 5; expected 4 cells in each row; no cell may hold '::'",
+        ),
+        ("X.inter", b"user_id:token\titem_id:token\n1\t11\n", "no column for the time among user_id:token, item_id:token"),
+        ("X.inter", b"", "the file is empty"),
+        ("X.txt", b"a b c\n", "(what stands between the cells? name it by --sep)"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused_in_one_line(tmp_path, name, content, told):
+    paths = put(tmp_path, {name: content, "p.csv": lines(PRODUCTS, ",").encode()})
+    line = refusals.refusal(prepare.main, *shop_line(tmp_path, paths))
+    assert line.startswith(f"rq.prepare: {paths[0]}: ")
+    assert told in line
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------- P5
