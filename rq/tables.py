@@ -209,7 +209,7 @@ def _csv_rows(path: Path, layout: Layout) -> Iterator[tuple[int, list[str]]]:
         (line for _, line in lines(path, encoding=layout.encoding, separator=layout.separator)),
         delimiter=_mark(layout),
         quoting=csv.QUOTE_MINIMAL if layout.quoted else csv.QUOTE_NONE,
-        skipinitialspace=True,
+        skipinitialspace=layout.separator != " ",
     )
     for cells in reader:
         if len(cells) > 1 or "".join(cells).strip():
@@ -265,7 +265,7 @@ def _read_csv(path: Path, layout: Layout, header: Sequence[str], wanted: Sequenc
                 index_col=False,
                 dtype=str,
                 keep_default_na=False,
-                skipinitialspace=True,
+                skipinitialspace=layout.separator != " ",
                 encoding="utf-8-sig" if layout.encoding == "utf-8" else layout.encoding,
                 chunksize=max(1, CELLS_AT_ONCE // len(header)),
             )

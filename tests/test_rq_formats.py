@@ -465,6 +465,12 @@ def test_sep_is_for_what_no_header_says(tmp_path):
     assert parts_of(tmp_path / "out") == PARTS
 
 
+def test_sep_may_be_a_blank(tmp_path):
+    paths = put(tmp_path, {"o.csv": lines(ORDERS, " ").encode(), "p.csv": lines(PRODUCTS, ",").encode()})
+    prepare.main(shop_line(tmp_path, paths, "--sep= "))
+    assert [row.split(",")[0] for row in (tmp_path / "out/X.item_ids.csv").read_text().split()[1:]] == NUMBERED
+
+
 def test_an_encoding_is_for_what_is_not_utf_8(tmp_path):
     titles = [("item_id", "title"), *((item, f"电影 {item}") for item in TITLES)]
     paths = put(tmp_path, {"o.csv": lines(ORDERS, ",").encode(), "p.csv": lines(titles, ",").encode("gb18030")})
