@@ -169,6 +169,14 @@ def csv_row(window: Window, titles: Mapping[int, str], sids: Mapping[int, str]) 
     ]
 
 
+def check_no_input(flags: argparse.Namespace, outputs: Iterable[Path]) -> None:
+    """InputError where a file to write is one that was read."""
+    inputs = [path.resolve() for path in (flags.interactions, flags.items) if path]
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise InputError(f"{path} is also an input of this run; give another --name or --output_dir")
+
+
 def item_json(numbers_and_items: Iterable[tuple[int, dict]]) -> Iterator[str]:
     """The lines of `.item.json`, one item a line: '{"0": {"title": "Pan"}', ',"1": {"title": "Tab"}', '}'."""
     comma = "{"
@@ -188,6 +196,7 @@ def write_items(
 ) -> None:
     """First run: `.item.json`, the table of ids and the settings. An item already there keeps its number and its text."""
     item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
+    check_no_input(flags, (item_file, ids_file))
     if item_file.exists() and not (flags.append or flags.overwrite):
         raise InputError(
             f"{item_file} exists; add --index for the CSVs, --append for new items, or --overwrite to number items anew"
@@ -226,10 +235,9 @@ def write_csvs(
     parts = split_windows(by_user, split=flags.split)
     targets = {part: flags.output_dir / f"{flags.name}.{part}.csv" for part in parts}
     info_file, item_file = (flags.output_dir / f"{flags.name}.{ending}" for ending in ("info.txt", "item.json"))
-    inputs = [path.resolve() for path in (flags.interactions, flags.items) if path]
-    for path in (*targets.values(), info_file, *([item_file] if items else [])):
-        if path.resolve() in inputs:
-            raise InputError(f"{path} is also an input of this run; give another --name or --output_dir")
+    outputs = (*targets.values(), info_file, *([item_file] if items else []))
+    check_no_input(flags, outputs)
+    for path in outputs:
         if path.exists() and not flags.overwrite:
             raise InputError(f"{path} exists; give --overwrite to replace it, or another --output_dir")
     with contextlib.ExitStack() as stack:

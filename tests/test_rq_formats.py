@@ -125,6 +125,28 @@ def test_items_may_be_left_out_only_where_the_interactions_have_the_numbers_of_t
     assert not (triple / "out").exists()
 
 
+@pytest.mark.parametrize("with_index", [True, False])
+def test_the_item_file_of_a_triple_is_never_written_over(triple, with_index):
+    before = (triple / "X.item.json").read_bytes()
+    line = triple_line(triple, *LEAVE_ONE_OUT, f"--output_dir={triple}", "--overwrite")
+    told = refusals.refusal(prepare.main, *(line if with_index else [line[0], *line[2:]]))
+    assert f"{triple}/X.item.json is also an input of this run; give another --name or --output_dir" in told
+    assert (triple / "X.item.json").read_bytes() == before
+    assert not list(triple.glob("X.*.csv"))
+
+
+def test_a_triple_without_its_index_is_numbered_as_it_was(triple):
+    line = triple_line(triple, *LEAVE_ONE_OUT)
+    prepare.main([line[0], *line[2:]])
+    assert (triple / "out/X.item_ids.csv").read_text() == "raw_id,item_id\n0,0\n1,1\n2,2\n3,3\n4,4\n"
+
+
+def test_a_fault_in_an_item_file_is_named_by_the_item(triple):
+    (triple / "X.item.json").write_text(json.dumps({**LC_REC_ITEMS, "3": {"title": "a\0b"}}))
+    told = refusals.refusal(prepare.main, *triple_line(triple, *LEAVE_ONE_OUT))
+    assert f"{triple}/X.item.json: item '3': title 'a\\x00b' holds a NUL; mend or remove it" in told
+
+
 def test_sequences_without_times_cannot_be_split_by_time(triple):
     told = refusals.refusal(prepare.main, *triple_line(triple, "--k_core", "1"))
     assert "X.inter.json has each user's order, but no times; give --split leave_one_out" in told
