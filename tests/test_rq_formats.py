@@ -155,16 +155,16 @@ def test_sequences_without_times_cannot_be_split_by_time(triple):
 
 # ---------------------------------------------------------------------------------------------- tables of others
 
-# Users 1 and 2 buy items 11, 12 and 13 in this order; item 14 is in the catalogue and in no row.
+# User 1 buys items 11, 12, 13 and 11 again, user 2 buys 13, 11 and 12; item 14 is in the catalogue and in no row.
 EVENTS = [("1", "11", 978300001), ("1", "12", 978300002), ("1", "13", 978300003)]
-EVENTS += [("2", "13", 978300001), ("2", "11", 978300002), ("2", "12", 978300003)]
+EVENTS += [("2", "13", 978300001), ("2", "11", 978300002), ("2", "12", 978300003), ("1", "11", 978300004)]
 TITLES = {"11": "Toy Story", "12": "Amélie", "13": 'The "Burbs"', "14": "Never Rented"}
 # Numbers by first appearance in time: 11 is 0, 13 is 1 (both at ..001, user 1 stands first), 12 is 2; 14 comes last.
 NUMBERED = ["11", "13", "12", "14"]
 PARTS = {
-    "train": [],
-    "valid": [("1", "[0]", "2"), ("2", "[1]", "0")],
-    "test": [("1", "[0, 2]", "1"), ("2", "[1, 0]", "2")],
+    "train": [("1", "[0]", "2")],
+    "valid": [("1", "[0, 2]", "1"), ("2", "[1]", "0")],
+    "test": [("1", "[0, 2, 1]", "0"), ("2", "[1, 0]", "2")],
 }
 
 
@@ -261,49 +261,49 @@ FORMATS = {
     "MovieLens .dat": (
         movielens_dat(),
         [],
-        ("MovieLens ratings without a header, 6 rows", "MovieLens movies without a header in latin-1, 4 rows"),
+        ("MovieLens ratings without a header, 7 rows", "MovieLens movies without a header in latin-1, 4 rows"),
         {"categories": "Animation, Comedy"},
     ),
     "MovieLens 100K": (
         movielens_100k(),
         [],
-        ("MovieLens ratings without a header, 6 rows", "MovieLens movies without a header in latin-1, 4 rows"),
+        ("MovieLens ratings without a header, 7 rows", "MovieLens movies without a header in latin-1, 4 rows"),
         {},
     ),
     "MovieLens .csv": (
         movielens_csv(),
         [],
-        ("MovieLens ratings, 6 rows", "MovieLens movies, 4 rows"),
+        ("MovieLens ratings, 7 rows", "MovieLens movies, 4 rows"),
         {"categories": "Animation, Comedy"},
     ),
     "RecBole": (
         recbole(),
         [],
-        ("RecBole's .inter, 6 rows, user from user_id:token", "RecBole's .item, 4 rows, item from item_id:token"),
+        ("RecBole's .inter, 7 rows, user from user_id:token", "RecBole's .item, 4 rows, item from item_id:token"),
         {"categories": "Animation Comedy"},
     ),
     "Amazon 2014": (
         amazon_2014(),
         [],
-        ("Amazon 2014 or 2018 reviews, 6 rows", "Amazon 2014 or 2018 items, 4 rows"),
+        ("Amazon 2014 or 2018 reviews, 7 rows", "Amazon 2014 or 2018 items, 4 rows"),
         {"categories": "Film, DVD"},
     ),
     "Amazon 2018": (
         amazon_2018(),
         [],
-        ("Amazon 2014 or 2018 reviews, 6 rows", "Amazon 2014 or 2018 items, 4 rows"),
+        ("Amazon 2014 or 2018 reviews, 7 rows", "Amazon 2014 or 2018 items, 4 rows"),
         {"categories": "Film, DVD", "description": "['Steel & wood.', 'Big']"},
     ),
     "Amazon 2023": (
         amazon_2023(),
         [],
-        ("Amazon 2023 reviews, 6 rows", "Amazon 2023 items, 4 rows"),
+        ("Amazon 2023 reviews, 7 rows", "Amazon 2023 items, 4 rows"),
         {"categories": "Film, DVD", "description": "['Steel.', 'Big', 'New']", "brand": "Acme"},
     ),
     "semicolons": (
         semicolons(),
         ["--encoding", "cp1252"],
-        ("CSV with ';' between cells, 6 rows, user from User_ID", "CSV with ';' between cells in cp1252, 4 rows"),
+        ("CSV with ';' between cells, 7 rows, user from User_ID", "CSV with ';' between cells in cp1252, 4 rows"),
         {},
     ),
 }
@@ -333,7 +333,7 @@ def test_a_format_enters_as_it_is(tmp_path, capsys, name):
     written = capsys.readouterr().err
     for path, words in zip(paths, told, strict=True):
         assert f"{path}: {words}" in written
-    assert "6 read, 6 kept" in written
+    assert "7 read, 7 kept" in written
     assert "4 items, 4 of them new; 1 are in no row that is kept" in written
     items = json.loads((tmp_path / "out/X.item.json").read_text())
     assert [item["title"] for item in items.values()] == [TITLES[raw_id] for raw_id in NUMBERED]
@@ -376,7 +376,7 @@ def test_ratings_without_a_header_are_known_by_their_first_line(tmp_path, capsys
     what, content = WITHOUT_HEADER[name]
     paths = put(tmp_path, {name: content.encode(), "p.csv": b"item_id,title\n11,Pan\n12,Tab\n13,Bin\n"})
     prepare.main(shop_line(tmp_path, paths))
-    assert f"{name}: {what} without a header, 6 rows, user from user_id" in capsys.readouterr().err
+    assert f"{name}: {what} without a header, 7 rows, user from user_id" in capsys.readouterr().err
     assert (tmp_path / "out/X.item_ids.csv").read_text() == "raw_id,item_id\n11,0\n13,1\n12,2\n"
 
 
@@ -655,7 +655,7 @@ def test_interactions_of_the_hub_enter_as_they_are(tmp_path, hub, capsys, addres
     line = [*shop_line(tmp_path, [paths[0], *paths]), f"--interactions=hf://datasets/{address}"]
     prepare.main(line)
     told = capsys.readouterr().err
-    assert f"hf://datasets/{address}: Amazon 2023 reviews, 6 rows, user from user_id, item from parent_asin" in told
+    assert f"hf://datasets/{address}: Amazon 2023 reviews, 7 rows, user from user_id, item from parent_asin" in told
     prepare.main([*line, "--index", str(make_index(tmp_path, 4)), "--split", "leave_one_out"])
     assert parts_of(tmp_path / "out") == PARTS
 
