@@ -351,6 +351,19 @@ def test_the_files_that_the_readme_names_are_those_of_these_tests():
     assert {files for files in named if not files[0].startswith("hf://")} == tested
 
 
+def test_genres_become_categories_and_no_genre_is_none(tmp_path):
+    movies = "movieId,title,genres\n11,Pan,Action|Film-Noir\n12,Tab,(no genres listed)\n13,Bin,Drama\n"
+    prepare.main(
+        shop_line(tmp_path, put(tmp_path, {"ratings.csv": movielens_csv()["ratings.csv"], "movies.csv": movies.encode()}))
+    )
+    items = json.loads((tmp_path / "out/X.item.json").read_text())
+    assert {item["title"]: item["categories"] for item in items.values()} == {
+        "Pan": "Action, Film-Noir",
+        "Tab": "",
+        "Bin": "Drama",
+    }
+
+
 def test_a_split_by_time_goes_by_the_time_of_the_target(tmp_path):
     events = [(user, f"{item}", 978300000 + 10 * item + int(user)) for user in "12" for item in range(11, 17)]
     ratings = lines([(user, item, 5, time) for user, item, time in events], "::").encode()
