@@ -68,10 +68,10 @@ def plain(value: object) -> str:
     >>> plain("[broken")
     '[broken'
     """
-    return " ".join(filter(None, (" ".join(str(part).split()) for part in _parts(value))))
+    return " ".join(filter(None, (" ".join(str(part).split()) for part in parts(value))))
 
 
-def _parts(value: object) -> Iterator[object]:
+def parts(value: object) -> Iterator[object]:
     """What a field is made of, lists in lists unfolded: ["a", ["b"], None] -> a, b."""
     waiting = [value]
     while waiting:

@@ -9,6 +9,7 @@ standard output.
 """
 
 import argparse
+import codecs
 import contextlib
 import difflib
 import functools
@@ -97,6 +98,27 @@ def at_least(least: float, *, kind: type = int, most: float = math.inf) -> Calla
         return value
 
     return number
+
+
+def separator(text: str) -> str:
+    """A flag type: what stands between cells; '\\t' and 'tab' are a tab."""
+    mark = "\t" if text in ("\\t", "tab") else text
+    if not 1 <= len(mark) <= 3 or not mark.isascii() or any(c.isalnum() or c in "\"'\r\n\0" for c in mark):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not what can stand between cells, such as ; or tab or ::")
+    return mark
+
+
+def text_encoding(text: str) -> str:
+    """A flag type: the name of an encoding in which ASCII is ASCII, such as latin-1 or gb18030."""
+    try:
+        name, same = codecs.lookup(text).name, "a,;\t\n".encode(text) == b"a,;\t\n"
+    except (LookupError, ValueError):
+        name, same = "", False
+    if not same:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not an encoding that can be read, such as latin-1 or gb18030; save other files as UTF-8"
+        )
+    return name
 
 
 def plain_name(text: str) -> str:

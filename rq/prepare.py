@@ -3,24 +3,39 @@
 
 The same command is run twice: first without --index, for the items that rq.text2emb and a quantizer make an
 index of; then with --index added, for the train / valid / test CSVs and the info file, whose SIDs come from it.
+Files whose items have the numbers of an index already, X.inter.json and X.index.json, need the second run alone.
 """
 
 import argparse
 import contextlib
 import csv
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rq import command_line, settings
-from rq.catalogue import plain, read_items
+from rq.catalogue import read_items
 from rq.command_line import log
-from rq.files import InputError, check_output, shown, told, whole_file
-from rq.index_file import read_sids, sid_tokens
-from rq.tables import FIELD_NAMES, Table, read_table
+from rq.files import InputError, check_output, shown, whole_file
+from rq.formats import FIELD_NAMES
+from rq.hub import PREFIX as HUB
+from rq.index_file import read_sids
+from rq.metadata import ITEM_FIELDS, LONGEST_NAME, OPTIONAL_FIELDS, catalogue, cell_text, unusable
+from rq.numbering import (
+    Published,
+    check_ids_meet,
+    check_same_items,
+    items_to_number,
+    number_items,
+    numbered_items,
+    published_items,
+    read_numbers,
+    why_not_numbered,
+)
+from rq.sequences import check_in_index, read_interactions
+from rq.tables import Table, read_table
 from rq.timestamps import Column, read_times
 
 if TYPE_CHECKING:
@@ -35,9 +50,8 @@ CSV_COLUMNS = (
     "history_item_sid",
     "item_sid",
 )
-# Characters. Titles and ids are repeated in every history, so a file would grow out of all bounds with long ones.
-LONGEST_NAME, LONGEST_TEXT = 10_000, 1_000_000
 VALID_SHARE, TEST_SHARE = 0.1, 0.1
+NO_ITEMS = "--items is missing; only an .inter.json with the --index of its item numbers does without it"
 
 
 @dataclass(frozen=True)
@@ -50,63 +64,11 @@ class Window:
     time: float  # grows with time, in whatever unit the column has
 
 
-def catalogue(metadata: Table) -> dict[str, dict[str, str]]:
-    """{raw item id: title, description, brand, categories} of
-    the items with a title; the first row of an item counts.
-    """
-    items: dict[str, dict[str, str]] = {}
-    rows = metadata.rows
-    cells = zip(rows.item, rows.title, rows.description, rows.brand, rows.categories, strict=True)
-    for number, (raw_id, title, description, brand, categories) in enumerate(cells):
-        raw_id, title = _text(raw_id), plain(_text(title))
-        if raw_id and title and raw_id not in items:
-            item = {
-                "title": title,
-                "description": description if isinstance(description, str) else _list_text(description),
-                "brand": plain(_text(brand)),
-                "categories": ", ".join(_flat(categories)),
-            }
-            for field, text in (("item", raw_id), *item.items()):
-                if fault := _unusable(text, most=LONGEST_TEXT if field == "description" else LONGEST_NAME):
-                    raise InputError(f"{metadata.where(number)}: {field} {shown(text)} {fault}; mend or remove it")
-            items[raw_id] = item
-    return items
-
-
-def _unusable(text: str, *, most: int) -> str:
-    """Why a text can be in no file that is written, in words; '' where it can."""
-    if "\0" in text:
-        return "holds a NUL"
-    return f"has {len(text):,} characters, more than {most:,}" if len(text) > most else ""
-
-
-def _text(value: object) -> str:
-    """A cell as text without blanks around it; 12.0 is what became of 12 where another cell of the column is empty."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-
-
-def _flat(value: object) -> list[str]:
-    """The texts of a field, lists in lists unfolded: ["a", ["b"], None] -> ["a", "b"]."""
-    texts, waiting = [], [value]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, Iterable) and not isinstance(part, str):
-            waiting += reversed(list(part))
-        elif text := plain(_text(part)):
-            texts.append(text)
-    return texts
-
-
-def _list_text(value: object) -> str:
-    """The repr of a list of strings, as public `.item.json` files hold descriptions; '' for nothing."""
-    return repr(parts) if (parts := _flat(value)) else ""
-
-
-def filter_interactions(table: Table, *, known_items: Iterable[str], k_core: int, dayfirst: bool | None) -> "pd.DataFrame":
-    """Rows that can be used, ordered by time, equal times as in the
-    file; what is dropped is logged by reason. The k-core is iterated to its fixed point.
+def filter_interactions(
+    table: Table, *, known_items: Iterable[str] | None, k_core: int, dayfirst: bool | None
+) -> "pd.DataFrame":
+    """Rows that can be used, ordered by time, equal times as in the file; what is dropped is logged by reason. The k-core is
+    iterated to its fixed point. All items are known where `known_items` is None.
     """
     import pandas as pd
 
@@ -123,20 +85,21 @@ def filter_interactions(table: Table, *, known_items: Iterable[str], k_core: int
         rows = rows[good]
 
     read = len(rows)
-    rows = rows.assign(user=rows.user.map(_text), item=rows.item.map(_text), time=times.order)
+    rows = rows.assign(user=rows.user.map(cell_text), item=rows.item.map(cell_text), time=times.order)
     for field in ("user", "item"):
-        bad = rows[field].map(lambda text: bool(_unusable(text, most=LONGEST_NAME)))
+        bad = rows[field].map(lambda text: bool(unusable(text, most=LONGEST_NAME)))
         if bad.any():
             text = rows[field][bad.idxmax()]
             raise InputError(
-                f"{table.where(bad.idxmax())}: {field} {shown(text)} {_unusable(text, most=LONGEST_NAME)}; mend or remove it"
+                f"{table.where(bad.idxmax())}: {field} {shown(text)} {unusable(text, most=LONGEST_NAME)}; mend or remove it"
             )
     keep("no user or item id", (rows.user != "") & (rows.item != ""))
     keep("no timestamp", ~times.empty[rows.index])
     unreadable = rows.time.isna()
     keep("unreadable timestamp", ~unreadable)
     keep("repeats user, item and time", ~rows.duplicated(["user", "item", "time"]))
-    keep("item has no title", rows.item.isin(pd.Index(list(known_items))))
+    if known_items is not None:
+        keep("item has no title", rows.item.isin(pd.Index(list(known_items))))
     before = -1
     while len(rows) != before:
         before = len(rows)
@@ -189,7 +152,7 @@ def split_windows(by_user: list[list[Window]], *, split: str) -> dict[str, list[
     return parts
 
 
-def csv_row(window: Window, titles: Sequence[str], sids: Sequence[str]) -> list[object]:
+def csv_row(window: Window, titles: Mapping[int, str], sids: Mapping[int, str]) -> list[object]:
     """The cells of a window in the order of CSV_COLUMNS; the three history lists come from one list of ids.
 
     Window("u", (0, 1), 2, time) -> ["u", "['Pan', 'Tab']", "Bin", "[0, 1]", 2, "['<a_0><b_0>', '<a_1><b_0>']", "<a_2><b_0>"]
@@ -206,53 +169,34 @@ def csv_row(window: Window, titles: Sequence[str], sids: Sequence[str]) -> list[
     ]
 
 
-def read_numbers(ids_file: Path) -> dict[str, int]:
-    """{raw id: number} of an earlier run, numbers 0..N-1 in this order."""
-    try:
-        with open(ids_file, encoding="utf-8", newline="") as file:
-            numbers = {row["raw_id"].strip(): int(row["item_id"]) for row in csv.DictReader(file)}
-    except (csv.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{ids_file}: not the table of ids that this command writes ({told(error)}); --overwrite numbers anew"
-        ) from error
-    if list(numbers.values()) != list(range(len(numbers))):
-        raise InputError(f"{ids_file}: the numbers are not 0, 1, .. in order, each raw id once; --overwrite numbers anew")
-    return numbers
+def check_no_input(flags: argparse.Namespace, outputs: Iterable[Path]) -> None:
+    """InputError where a file to write is one that was read."""
+    inputs = [path.resolve() for path in (flags.interactions, flags.items) if path]
+    for path in outputs:
+        if path.resolve() in inputs:
+            raise InputError(f"{path} is also an input of this run; give another --name or --output_dir")
 
 
-def check_same_items(items: Sequence[object], item_file: Path, numbers: dict[str, int], ids_file: Path) -> None:
-    """InputError unless the item file and the table of ids have equally many items, as those of one run have."""
-    if len(items) != len(numbers):
-        raise InputError(
-            f"{item_file} has {len(items):,} items, {ids_file} {len(numbers):,}: the two are not of one run; "
-            "bring back the missing one, or number anew with --overwrite"
-        )
-
-
-def number_items(rows: "pd.DataFrame", ids_file: Path, *, renumber: bool, may_grow: bool) -> dict[str, int]:
-    """{raw id: number} of all items; numbers given in an earlier
-    run stay, new items follow in the order they first appear.
-    """
-    numbers: dict[str, int] = {}
-    if ids_file.exists() and not renumber:
-        numbers = read_numbers(ids_file)
-    known = len(numbers)
-    for raw_id in rows.item.drop_duplicates():
-        numbers.setdefault(raw_id, len(numbers))
-    if known and len(numbers) > known and not may_grow:
-        raise InputError(
-            f"{ids_file}: {len(numbers) - known:,} items are not among its {known:,}; "
-            "run once with --append to add them (published ids stay), then rq.text2emb and "
-            "rq.generate_indices --append; or --overwrite to number anew"
-        )
-    return numbers
+def item_json(numbers_and_items: Iterable[tuple[int, dict]]) -> Iterator[str]:
+    """The lines of `.item.json`, one item a line: '{"0": {"title": "Pan"}', ',"1": {"title": "Tab"}', '}'."""
+    comma = "{"
+    for number, item in numbers_and_items:
+        yield f'{comma}"{number}": {json.dumps(item, ensure_ascii=False)}\n'
+        comma = ","
+    yield "}\n"
 
 
 def write_items(
-    flags: argparse.Namespace, rows: "pd.DataFrame", items: dict[str, dict[str, str]], *, kept_settings: str
+    flags: argparse.Namespace,
+    raw_ids: Sequence[str],
+    items: dict[str, dict[str, str]],
+    *,
+    bought: int,
+    kept_settings: str,
 ) -> None:
     """First run: `.item.json`, the table of ids and the settings. An item already there keeps its number and its text."""
     item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
+    check_no_input(flags, (item_file, ids_file))
     if item_file.exists() and not (flags.append or flags.overwrite):
         raise InputError(
             f"{item_file} exists; add --index for the CSVs, --append for new items, or --overwrite to number items anew"
@@ -260,47 +204,40 @@ def write_items(
     published = read_items(item_file) if flags.append and item_file.exists() else []
     if published:
         check_same_items(published, item_file, read_numbers(ids_file), ids_file)
-    numbers = number_items(rows, ids_file, renumber=not published, may_grow=True)
+    numbers = number_items(raw_ids, ids_file, renumber=not published, may_grow=True)
     settings_path = settings.settings_file(flags.output_dir, flags.name)
     with whole_file(item_file) as file, whole_file(ids_file) as ids, whole_file(settings_path) as kept:
         kept.write(kept_settings)
         writer = csv.writer(ids, lineterminator="\n")
         writer.writerow(("raw_id", "item_id"))
-        for raw_id, number in numbers.items():
-            item = published[number] if number < len(published) else items[raw_id]
-            file.write(f'{"," if number else "{"}"{number}": {json.dumps(item, ensure_ascii=False)}\n')
-            writer.writerow((raw_id, number))
-        file.write("}\n")
-    log.info("wrote %s: %s items, %s of them new", item_file, f"{len(numbers):,}", f"{len(numbers) - len(published):,}")
+        writer.writerows(numbers.items())
+        texts = (published[number] if number < len(published) else items[raw_id] for raw_id, number in numbers.items())
+        file.writelines(item_json(enumerate(texts)))
+    cold = len(numbers) - bought
+    log.info(
+        "wrote %s: %s items, %s of them new%s",
+        item_file,
+        f"{len(numbers):,}",
+        f"{len(numbers) - len(published):,}",
+        f"; {cold:,} are in no row that is kept (--bought_only leaves such items out)" if cold else "",
+    )
     log.info("next: rq.text2emb, a quantizer, then this command again with --index")
 
 
-def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings: str) -> None:
-    """Second run: the CSVs and the info file, with the SIDs of --index."""
-    item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
-    if not item_file.exists() or not ids_file.exists():
-        raise InputError(f"{item_file} or {ids_file} is missing; run this command without --index first")
-    titles = [plain(item.get("title")) for item in read_items(item_file)]
-    index = read_sids(flags.index)
-    if list(index) != list(range(len(titles))):
-        missing = next((item for item in range(len(titles)) if item not in index), None)
-        fault = f"item {missing} has no SID" if missing is not None else f"it has {len(index):,} items"
-        raise InputError(
-            f"{flags.index}: {fault}, {item_file} has {len(titles):,} items; bring the index up with "
-            f"rq.generate_indices --append"
-        )
-    sids = ["".join(sid_tokens(codes)) for codes in index.values()]
-    numbers = number_items(rows, ids_file, renumber=False, may_grow=False)
-    check_same_items(titles, item_file, numbers, ids_file)
+def write_csvs(
+    flags: argparse.Namespace, rows: "pd.DataFrame", published: Published, *, items: Mapping[str, dict], kept_settings: str
+) -> None:
+    """The CSVs and the info file, and `.item.json` where `items` are given."""
+    numbers, titles, sids = published
     if unused := len(titles) - rows.item.nunique():
         log.info("%s of %s items are in no row that is kept", f"{unused:,}", f"{len(titles):,}")
     by_user = windows(rows, numbers, max_history=flags.max_history)
     parts = split_windows(by_user, split=flags.split)
     targets = {part: flags.output_dir / f"{flags.name}.{part}.csv" for part in parts}
-    info_file = flags.output_dir / f"{flags.name}.info.txt"
-    for path in (*targets.values(), info_file):
-        if path.resolve() in (flags.interactions.resolve(), flags.items.resolve()):
-            raise InputError(f"{path} is also an input of this run; give another --name or --output_dir")
+    info_file, item_file = (flags.output_dir / f"{flags.name}.{ending}" for ending in ("info.txt", "item.json"))
+    outputs = (*targets.values(), info_file, *([item_file] if items else []))
+    check_no_input(flags, outputs)
+    for path in outputs:
         if path.exists() and not flags.overwrite:
             raise InputError(f"{path} exists; give --overwrite to replace it, or another --output_dir")
     with contextlib.ExitStack() as stack:
@@ -310,8 +247,12 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings
             writer.writerows(csv_row(window, titles, sids) for window in part_windows)
         kept = stack.enter_context(whole_file(settings.settings_file(flags.output_dir, flags.name)))
         kept.write(kept_settings)
+        if items:
+            stack.enter_context(whole_file(item_file)).writelines(
+                item_json((number, items.get(str(number), {"title": ""})) for number in titles)
+            )
         info = stack.enter_context(whole_file(info_file))
-        info.writelines(f"{sid}\t{title}\t{item}\n" for item, (sid, title) in enumerate(zip(sids, titles, strict=True)))
+        info.writelines(f"{sid}\t{titles[item]}\t{item}\n" for item, sid in sids.items())
     log.info(
         "%s users; each user's first row starts a history and is no target: %s rows",
         f"{len(by_user):,}",
@@ -324,25 +265,22 @@ def write_csvs(flags: argparse.Namespace, rows: "pd.DataFrame", *, kept_settings
     )
 
 
+def a_table(text: str) -> Path:
+    """A flag type: a file or folder to read, or an address of the Hub."""
+    return Path(text) if text.startswith(HUB) else command_line.existing(text)
+
+
 @command_line.command("prepare")
 def main(argv: list[str] | None = None) -> None:
     """Interactions and items -> `.item.json`; with --index, the CSVs and the info file."""
     parser = command_line.parser("prepare", __doc__, shared=("overwrite",))
     add = parser.add_argument
-    add(
-        "--interactions",
-        type=command_line.existing,
-        required=True,
-        metavar="FILE",
-        help="user, item, timestamp: CSV, Parquet or Amazon review JSON lines",
-    )
-    add(
-        "--items",
-        type=command_line.existing,
-        required=True,
-        metavar="FILE",
-        help="item, title and, where known, description, brand, categories",
-    )
+    for flag, text in {
+        "interactions": "user, item, timestamp: CSV, Parquet, JSON, RecBole .inter, MovieLens .dat, P5 .txt, hf://datasets/..",
+        "items": "item, title and, where known, description, features, brand, categories; not needed with LC-Rec's numbers "
+        "(X.inter.json) and --index",
+    }.items():
+        add(f"--{flag}", type=a_table, required=flag == "interactions", metavar="FILE", help=text)
     add("--output_dir", type=Path, required=True, metavar="FOLDER", help="where the files go")
     add(
         "--name",
@@ -374,33 +312,66 @@ def main(argv: list[str] | None = None) -> None:
         const=True,
         help="read 02/01/2016 as 2 January, or as 1 February with False (by the rows that decide it)",
     )
+    add(
+        "--bought_only",
+        type=command_line.switch,
+        nargs="?",
+        const=True,
+        help="first run: number no item but those in the rows kept (every item with a title)",
+    )
+    add(
+        "--sep", type=command_line.separator, help="what stands between the cells of text files, such as ';' (by the header)"
+    )
+    add(
+        "--encoding",
+        type=command_line.text_encoding,
+        help="of text files that are not UTF-8, such as latin-1 or gb18030 (none)",
+    )
     for field in FIELD_NAMES:
         add(f"--{field}_column", metavar="NAME", help=f"column of the {field} ({', '.join(FIELD_NAMES[field])})")
     flags = parser.parse_args(argv)
     if flags.append and flags.index:
         raise InputError("--append adds items, which have no SID yet; run it without --index first")
+    if not flags.items and not flags.index:
+        raise InputError(NO_ITEMS)
     settings_path = settings.settings_file(flags.output_dir, flags.name)
     remembered = settings.read_settings(settings_path)
     settings.fill_in(flags, remembered, path=settings_path)
     for ending in settings.ENDINGS:
         check_output(flags.output_dir / f"{flags.name}.{ending}")
-    names = {field: getattr(flags, f"{field}_column") for field in FIELD_NAMES}
-
-    metadata = read_table(
-        flags.items,
-        ("item", "title", "description", "brand", "categories"),
-        names=names,
-        optional=("description", "brand", "categories"),
+    ids_file = flags.output_dir / f"{flags.name}.item_ids.csv"
+    reading = {
+        "names": {field: getattr(flags, f"{field}_column") for field in FIELD_NAMES},
+        "sep": flags.sep,
+        "encoding": flags.encoding,
+    }
+    interactions = read_interactions(flags.interactions, **reading)
+    why_not = why_not_numbered(interactions, ids_file)
+    numbered = bool(flags.index) and not why_not
+    if not flags.items and not numbered:
+        raise InputError(f"{NO_ITEMS}: {why_not}")
+    if not interactions.has_times and flags.index and flags.split == "global":
+        raise InputError(f"{flags.interactions} has each user's order, but no times; give --split leave_one_out")
+    items: dict[str, dict[str, str]] = {}
+    if flags.items:
+        items = catalogue(read_table(flags.items, ITEM_FIELDS, optional=OPTIONAL_FIELDS, **reading))
+    if numbered:
+        index = read_sids(flags.index)
+        check_in_index(interactions, index, index_file=flags.index)
+    if items or not numbered:
+        raw_ids = interactions.rows.item.map(cell_text).drop_duplicates().tolist()
+        check_ids_meet(interactions, raw_ids, items, items_file=flags.items)
+    rows = filter_interactions(
+        interactions, known_items=None if numbered else items, k_core=flags.k_core, dayfirst=flags.dayfirst
     )
-    items = catalogue(metadata)
-    interactions = read_table(flags.interactions, ("user", "item", "time"), names=names)
-    rows = filter_interactions(interactions, known_items=items, k_core=flags.k_core, dayfirst=flags.dayfirst)
     kept_settings = settings.to_keep(flags, remembered, rows_kept=len(rows))
-    if flags.index:
-        settings.log_other_rows(flags, remembered, rows_kept=len(rows))
-        write_csvs(flags, rows, kept_settings=kept_settings)
-    else:
-        write_items(flags, rows, items, kept_settings=kept_settings)
+    if not flags.index:
+        to_number = items_to_number(interactions, rows, items, bought_only=flags.bought_only)
+        write_items(flags, to_number, items, bought=rows.item.nunique(), kept_settings=kept_settings)
+        return
+    settings.log_other_rows(flags, remembered, rows_kept=len(rows))
+    published = numbered_items(flags, items, index) if numbered else published_items(flags, rows)
+    write_csvs(flags, rows, published, items=items if numbered else {}, kept_settings=kept_settings)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from rq import command_line
 from rq.files import InputError, read_json, shown
-from rq.tables import FIELD_NAMES
+from rq.formats import FIELD_NAMES
 
 log = logging.getLogger("rq.settings")
 
@@ -30,6 +31,9 @@ SPLITS = ("global", "leave_one_out")
 COLUMNS = tuple(f"{field}_column" for field in FIELD_NAMES)
 DEFAULTS: dict[str, object] = {
     **dict.fromkeys(COLUMNS),
+    "sep": None,
+    "encoding": None,
+    "bought_only": False,
     "dayfirst": None,
     "k_core": 5,
     "split": "global",
@@ -38,14 +42,31 @@ DEFAULTS: dict[str, object] = {
 # What a value that differs from the one remembered does.
 EFFECTS = {
     **dict.fromkeys(COLUMNS, "another column is read"),
+    "sep": "text files may be read otherwise",
+    "encoding": "text files may be read otherwise",
+    "bought_only": "more or fewer items are numbered",
     "dayfirst": "dates may come in another order",
     "k_core": "other rows are kept: the CSVs have more or fewer rows",
     "split": "rows go to other files",
     "max_history": "histories are of another length",
 }
 OF_THE_CSVS = ("split", "max_history")  # the rest belongs to the run that numbers the items
+
+
+def _can_be_typed(value: object, kind: Callable[[str], str]) -> bool:
+    try:
+        return isinstance(value, str) and bool(kind(value))
+    except argparse.ArgumentTypeError:
+        return False
+
+
+# What earlier versions did not keep, and did as if it had been this.
+EARLIER: dict[str, object] = {"features_column": None, "sep": None, "encoding": None, "bought_only": True}
 _GOOD: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(COLUMNS, lambda value: value is None or isinstance(value, str)),
+    "sep": lambda value: value is None or _can_be_typed(value, command_line.separator),
+    "encoding": lambda value: value is None or _can_be_typed(value, command_line.text_encoding),
+    "bought_only": lambda value: isinstance(value, bool),
     "dayfirst": lambda value: value is None or isinstance(value, bool),
     "split": lambda value: value is None or value in SPLITS,
     "max_history": lambda value: value is None or (type(value) is int and value >= 1),
@@ -64,6 +85,7 @@ def read_settings(path: Path) -> dict[str, object] | None:
     if not path.exists():
         return None
     kept = read_json(path, expected="the settings of rq.prepare, or no such file and the flags of the first run again")
+    kept = {**EARLIER, **kept} if isinstance(kept, dict) else kept
     if not isinstance(kept, dict) or (lacking := next((name for name in _GOOD if name not in kept), None)):
         fault = f"{lacking} is missing" if isinstance(kept, dict) else f"they are {shown(kept)}"
         raise InputError(

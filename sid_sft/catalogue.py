@@ -74,7 +74,11 @@ def read_titles(path: Path) -> dict[str, str]:
         if type(fields.get("title")) not in TITLE_TYPES:
             raise InputError(f"{path}: item {shown(item)} has {shown(fields['title'])} for a title; expected {expected}")
     if not any("title" in fields for fields in items.values()):
-        raise InputError(f"{path}: no item has a title; expected {expected}")
+        item, fields = next(iter(items.items()))
+        raise InputError(
+            f"{path}: no item has a title, the first, {shown(item)}, has {shown(fields)}; expected {expected}, or "
+            "--tasks sid_sid and no --item_meta_path"
+        )
     return {item: title_text(fields.get("title")) for item, fields in items.items()}
 
 
@@ -113,7 +117,10 @@ def read_catalogue(index_path: Path, item_path: Path | None) -> Catalogue:
     index = read_index(index_path)
     titles = read_titles(item_path) if item_path else {}
     if titles and not index.keys() & titles.keys():
-        raise InputError(f"{item_path}: has no item of {index_path}; the two must be of one dataset")
+        raise InputError(
+            f"{item_path}: has no item of {index_path}: ids here are like {shown(next(iter(titles)))}, there like "
+            f"{shown(next(iter(index)))}; the two must be of one dataset"
+        )
     items = [Item(item, sid, titles.get(item, "")) for item, sid in index.items()]
     log_catalogue(items, len(titles.keys() - index.keys()), with_titles=bool(titles))
     return Catalogue(items, {item.id: position for position, item in enumerate(items)})

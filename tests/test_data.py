@@ -865,8 +865,13 @@ def test_a_broken_or_foreign_item_file_is_one_line(folder):
     for content in ("[]", '{"0": "Screws"}', '{"0": null}', '{"0": {}}'):
         path.write_text(content)
         assert one_error(catalogue_of, folder).startswith(f"{path}: ")
+    path.write_text('{"0": {"brand": "Acme"}}')
+    told = one_error(catalogue_of, folder)
+    assert "no item has a title, the first, '0', has {'brand': 'Acme'}; " in told
+    assert told.endswith("or --tasks sid_sid and no --item_meta_path")
     toy.write_items(folder, {"77": "Other"})
-    assert "the two must be of one dataset" in one_error(catalogue_of, folder)
+    told = one_error(catalogue_of, folder)
+    assert f"ids here are like '77', there like '{next(iter(toy.SIDS))}'; the two must be of one dataset" in told
     path.write_bytes(b'{"0": {"title": "Caf\xe9"}}')
     assert one_error(catalogue_of, folder).startswith(f"{path}: cannot be read")
     assert one_error(read_catalogue, folder / "none.json", None).startswith(f"{folder / 'none.json'}: cannot be read")

@@ -1,6 +1,7 @@
 """What rq writes, sft reads: from a user's tables through an index to the rows that are trained on."""
 
 import csv
+import json
 import logging
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from rq import prepare, rqkmeans, text2emb
-from rq.index_file import read_sids, sid_tokens
+from rq.index_file import read_sids, sid_tokens, write_sids
 from sid_sft.interactions import CSV_COLUMNS, read_rows
 
 data = pytest.importorskip("data", reason="rq/ stands alone here")
@@ -65,3 +66,44 @@ def test_sft_reads_every_row_that_prepare_wrote_and_finds_nothing_amiss(shop, ca
     assert "left out" not in caplog.text
     assert "differ from the item file" not in caplog.text
     assert "share their SID" not in caplog.text
+
+
+def test_sft_reads_the_rows_of_a_triple_without_titles(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "X.inter.json").write_text('{"0": [0, 1, 2, 3], "1": [3, 0, 2]}')
+    write_sids(tmp_path / "X.index.json", [(item, 0) for item in range(4)])
+    line = [f"--interactions={tmp_path}/X.inter.json", f"--index={tmp_path}/X.index.json", f"--output_dir={tmp_path}"]
+    prepare.main([*line, "--name=X", "--split=leave_one_out", "--k_core=1"])
+    catalogue = data.read_catalogue(tmp_path / "X.index.json", None)
+    rows = {part: list(read_rows(tmp_path / f"X.{part}.csv", catalogue)) for part in ("train", "valid", "test")}
+    assert [(row.user, row.history, row.item) for row in rows["train"]] == [("0", (0,), 1)]
+    assert [(row.user, row.history, row.item) for row in rows["valid"]] == [("0", (0, 1), 2), ("1", (3,), 0)]
+    assert [(row.user, row.history, row.item) for row in rows["test"]] == [("0", (0, 1, 2), 3), ("1", (3, 0), 2)]
+    assert "left out" not in caplog.text
+    assert "title" not in caplog.text
+
+
+REAL = Path(__file__).parent.parent.parent / "shared/data/letter"
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the Instruments triple is not beside this checkout")
+def test_the_real_instruments_triple_is_split_as_its_authors_split_it(tmp_path):
+    line = [
+        f"--interactions={REAL}/Instruments.inter.json",
+        f"--index={REAL}/Instruments.index.json",
+        f"--output_dir={tmp_path}",
+    ]
+    prepare.main([*line, "--name=X", "--split=leave_one_out", "--max_history=20", "--k_core=1"])
+    users = json.loads((REAL / "Instruments.inter.json").read_text())
+    expected = {"train": [], "valid": [], "test": []}
+    for user, items in users.items():
+        for at in range(1, len(items)):
+            part = {len(items) - 1: "test", len(items) - 2: "valid"}.get(at, "train")
+            expected[part].append((user, items[max(0, at - 20) : at], items[at]))
+    assert [len(rows) for rows in expected.values()] == [131_837, 24_772, 24_772]
+    for part, rows in expected.items():
+        with open(tmp_path / f"X.{part}.csv", newline="") as file:
+            written = [
+                (row["user_id"], json.loads(row["history_item_id"]), int(row["item_id"])) for row in csv.DictReader(file)
+            ]
+        assert sorted(written) == sorted(rows)

@@ -50,10 +50,14 @@ from rq import (
 from rq.catalogue import item_text, plain, read_items
 from rq.embeddings import open_embeddings
 from rq.files import InputError
+from rq.formats import FIELD_NAMES
+from rq.markup import without_markup
+from rq.metadata import ITEM_FIELDS, OPTIONAL_FIELDS, catalogue
 from rq.origin import Origin, write_record
-from rq.tables import FIELD_NAMES, read_table
+from rq.sequences import read_interactions
+from rq.tables import read_table
 
-OPTIONAL = ("description", "brand", "categories")
+READING = {"names": {}, "sep": None, "encoding": "cp1252"}
 RECORD = {
     "user_id": "A53",
     "item_id": "p",
@@ -88,11 +92,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read_as_items(path: Path) -> dict[str, dict[str, str]]:
-    return prepare.catalogue(read_table(path, ("item", "title", *OPTIONAL), names={}, optional=OPTIONAL))
+    return catalogue(read_table(path, ITEM_FIELDS, optional=OPTIONAL_FIELDS, **READING))
 
 
 def read_as_interactions(path: Path) -> None:
-    table = read_table(path, ("user", "item", "time"), names={})
+    table = read_interactions(path, **READING)
     known = {str(item).strip() for item in table.rows.item}
     rows = prepare.filter_interactions(table, known_items=known, k_core=1, dayfirst=None)
     numbers = {item: number for number, item in enumerate(rows.item.drop_duplicates())}
@@ -205,11 +209,60 @@ def parquet_files(draw: Callable) -> bytes:
     return draw(mutated_bytes(sink.getvalue())) if draw(st.booleans()) else sink.getvalue()
 
 
-@fuzz(csv_files(), st.sampled_from([".csv", ".tsv"]), READ_TABLE)
-def test_a_csv_is_read_or_refused(folder, content, ending, read):
+ENDINGS_OF_TEXT = [".data", ".csv", ".tsv", ".inter", ".item", ".txt", ".dat", ".inter.gz"]
+
+
+@fuzz(csv_files(), st.sampled_from(ENDINGS_OF_TEXT), st.sampled_from([b",", b";", b"\t", b"|", b"::", b":"]), READ_TABLE)
+def test_text_with_a_header_is_read_or_refused(folder, content, ending, separator, read):
     path = folder / f"t{ending}"
-    path.write_bytes(content.replace(b",", b"\t") if ending == ".tsv" else content)
+    content = content.replace(b",", separator).replace(b"timestamp", b"timestamp:float", ending.startswith(".inter"))
+    path.write_bytes(gzip.compress(content, 1) if ending.endswith("gz") else content)
     accepted(lambda: read(path), InputError, writes_in=folder)
+
+
+RATINGS = ["1::11::5::978300001\n2::11::4::978300002\n1::12::3::978300003\n", "1\t11\t5\t978300001\n2\t11\t4\t978300002\n"]
+RATINGS += ["A1,B11,5.0,978300001\nA2,B11,4.0,978300002\n"]
+MOVIES = "11::Toy Story (1995)::Animation|Comedy\n12::Am\u00e9lie::(no genres listed)\n"
+HEADERLESS = [text.encode() for text in (*RATINGS, MOVIES, "1 11 12\n2 12\n")] + [MOVIES.encode("latin-1")]
+
+
+@fuzz(st.sampled_from(HEADERLESS).flatmap(mutated_bytes), st.sampled_from(ENDINGS_OF_TEXT), READ_TABLE)
+def test_text_without_a_header_is_read_or_refused(folder, content, ending, read):
+    path = folder / f"t{ending}"
+    path.write_bytes(gzip.compress(content, 1) if ending.endswith("gz") else content)
+    accepted(lambda: read(path), InputError, writes_in=folder)
+
+
+SEQUENCES = {"0": [0, 1, 2], "1": [2, 0], "ann": ["B00X", "B00Y"]}
+BY_ID = {"0": {"title": "Pan", "description": ["Steel."], "brand": "Acme"}, "1": {"title": "Tab", "features": ["Big"]}}
+
+
+OBJECT_ENDINGS = ["inter.json", "item.json", "json", "json.gz"]
+
+
+@fuzz(st.sampled_from([SEQUENCES, BY_ID]).flatmap(mutated_json), st.sampled_from(OBJECT_ENDINGS), READ_TABLE)
+def test_one_object_of_json_is_read_or_refused(folder, content, ending, read):
+    path = folder / f"t.{ending}"
+    path.write_bytes(gzip.compress(content, 1) if ending.endswith("gz") else content)
+    accepted(lambda: read(path), InputError, writes_in=folder)
+
+
+@fuzz(mutated_bytes(b"1 11 12\n2 12 11\n\n3 12\n"), mutated_json({"id2item": {"11": "B00X", "12": "B00Y"}}))
+def test_lines_of_p5_and_its_table_of_ids_are_read_or_refused(folder, content, maps):
+    path = folder / "sequential_data.txt"
+    path.write_bytes(content)
+    (folder / "datamaps.json").write_bytes(maps)
+    accepted(lambda: read_as_interactions(path), InputError, writes_in=folder)
+
+
+MARKS = ["<b>", "</b>", "<br/>", "&amp;", "&lt;", "&#", "x", "<script", "</script>", "<!--", "-->", "<", ">", "&#x1b;"]
+MARKS += ["&#0;", "&#55357;", "<a href='", " ", "5"]
+
+
+@fuzz(st.one_of(odd_text(), st.lists(st.sampled_from(MARKS)).map("".join)))
+def test_mark_up_is_dropped_whatever_it_is(folder, text):
+    assert accepted(lambda: without_markup(text).encode(errors="surrogatepass"), InputError, writes_in=folder)
+    assert not [tag for tag in ("<b>", "</b>", "<br/>") if tag in without_markup(text.replace("&", ""))]
 
 
 @fuzz(json_lines(), READ_TABLE)
@@ -479,7 +532,20 @@ COMMANDS = {
 FLAGS = ["item_file", "data_path", "levels", "ckpt_path", "output", "codes_output", "seed", "device", "collisions"]
 FLAGS += ["capacity", "overwrite", "name", "output_dir", "index", "append", "k_core", "split", "max_history", "dayfirst"]
 FLAGS += [f"{field}_column" for field in FIELD_NAMES] + ["encoder", "fields", "dim", "pooling", "max_len", "normalize"]
-FLAGS += ["codes_path", "table", "rounds", "slack", "sinkhorn_epsilon", "beam", "epochs", "learning_rate", "hidden"]
+FLAGS += [
+    "sep",
+    "encoding",
+    "bought_only",
+    "codes_path",
+    "table",
+    "rounds",
+    "slack",
+    "sinkhorn_epsilon",
+    "beam",
+    "epochs",
+    "learning_rate",
+    "hidden",
+]
 FLAGS += ["sinkhorn_epsilons", "patience", "latent", "resume_from_checkpoint", "nonsense", "batch_size", "interactions"]
 VALUES = [
     "",
@@ -500,7 +566,26 @@ VALUES = [
     "8,two",
     "True",
 ]
-VALUES += ["..", ".", "../../evil", "a/b", "new.npy", "X.index.json", "E.npy", "C.npy", "folder", "folder/x", "i.csv"]
+VALUES += [
+    ";",
+    "tab",
+    "::",
+    "latin-1",
+    "utf-16",
+    "base64",
+    "cp1252",
+    "..",
+    ".",
+    "../../evil",
+    "a/b",
+    "new.npy",
+    "X.index.json",
+    "E.npy",
+    "C.npy",
+    "folder",
+    "folder/x",
+    "i.csv",
+]
 VALUES += ["X.item.json", "i.csv/below", "/dev/null", "/proc/new", "y" * 300, "cpu", "meta", "cuda:99", "token", "tfidf"]
 
 

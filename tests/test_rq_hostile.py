@@ -20,7 +20,7 @@ import pytest
 from fuzzing import check_line
 from refusals import refusal
 
-from rq import generate_indices, prepare, report, rqkmeans, tables, text2emb
+from rq import generate_indices, prepare, report, rqkmeans, tables, text2emb, text_files
 from rq.files import InputError, named, one_line, shown, told
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +219,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_table_that_would_unpack_to_gigabytes_is_refused(orders, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(tables, "ALWAYS_UNPACKED", 2**20)
+    monkeypatch.setattr(text_files, "ALWAYS_UNPACKED", 2**20)
     monkeypatch.setattr(tables, "CELLS_AT_ONCE", 2**18)
     write_bomb(tmp_path / name)
     told = refusal(prepare.main, *orders, "--name=X", f"--interactions={tmp_path / name}")

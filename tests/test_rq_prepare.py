@@ -91,7 +91,7 @@ def test_dropped_rows_are_counted_by_reason(tables, tmp_path, capsys):
     assert "dropped, user with fewer than 2 rows: 1" in told
 
 
-def test_the_k_core_is_iterated_to_its_fixed_point(tmp_path, tables):
+def test_the_k_core_is_iterated_to_its_fixed_point(tmp_path, tables, capsys):
     # a chain: dropping w1 leaves item b with one row, which leaves w2 with one, which leaves c with one, and so on
     chain = [("w1", "b", 1), ("w2", "b", 2), ("w2", "c", 3), ("w3", "c", 4), ("w3", "d", 5)]
     core = [(user, item, 9) for user in ("x", "y") for item in ("p", "q")]
@@ -99,6 +99,10 @@ def test_the_k_core_is_iterated_to_its_fixed_point(tmp_path, tables):
     write_csv(tables["items"], ("item_id", "title"), [(item, item.upper()) for item in "bcdpq"])
     run(tables, tmp_path / "out")
     items = json.loads((tmp_path / "out/X.item.json").read_text())
+    assert [item["title"] for item in items.values()] == ["P", "Q", "B", "C", "D"]  # those without a row keep a SID
+    assert "4 kept" in capsys.readouterr().err
+    run(tables, tmp_path / "bought", "--bought_only")
+    items = json.loads((tmp_path / "bought/X.item.json").read_text())
     assert [item["title"] for item in items.values()] == ["P", "Q"]
 
 
@@ -406,7 +410,7 @@ def broken(tmp_path: Path, name: str) -> Path:
         "header.csv": b"user_id,item_id,timestamp\n",
         "twice.csv": b"user_id,item_id,item_id,timestamp\nu,p,q,1\n",
         "twice_but_for_a_blank.csv": b"user_id,item_id, item_id,timestamp\nu,p,q,1\n",
-        "semicolons.csv": b"user_id;item_id;timestamp\nu;p;1\n",
+        "blanks.csv": b"user_id item_id timestamp\nu p 1\n",
         "long_first_row.csv": b"user_id,item_id,timestamp\nu,p,1,9\nv,p,1,9\n",
         "long_row.csv": b"user_id,item_id,timestamp\nu,p,1\nu,p,q,1\n",
         "open_quote.csv": b'user_id,item_id,timestamp\nu,"p,1\nu,p,1\n',
@@ -437,7 +441,7 @@ BROKEN = {
     "header.csv": "no row under the header",
     "twice.csv": "2 columns are called 'item_id'",
     "twice_but_for_a_blank.csv": "2 columns are called 'item_id'",
-    "semicolons.csv": "a .csv is separated by commas",
+    "blanks.csv": "no column for the user among user_id item_id timestamp (what stands between the cells? name it by --sep)",
     "long_first_row.csv": "the first row has more cells than the header; expected 3 cells",
     "long_row.csv": "Expected 3 fields in line 3, saw 4",
     "open_quote.csv": "EOF inside string starting at row 1",
