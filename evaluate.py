@@ -154,7 +154,16 @@ def export(flags: EvaluateFlags, catalogue: Catalogue, wording: Wording, task: s
     check_vocabulary(tokenizer, catalogue, flags)
     table = sid_table(catalogue, item_popularity(train))
     if rank() == 0:
-        export_serving(Path(flags.export_serving), Path(flags.base_model), tokenizer, catalogue, table, wording, task)
+        export_serving(
+            Path(flags.export_serving),
+            Path(flags.base_model),
+            tokenizer,
+            catalogue,
+            table,
+            wording,
+            task,
+            trust_remote_code=flags.trust_remote_code,
+        )
 
 
 def quiet_transformers() -> None:

@@ -45,11 +45,13 @@ def export_serving(
     table: SidTable,
     wording: Wording,
     task: str,
+    *,
+    trust_remote_code: bool,
 ) -> None:
     """Writes the folder, whole or not at all; FaultHere where the disk fails."""
     try:
         with whole_folder(folder) as scratch:
-            copy_model(checkpoint, scratch / MODEL_FOLDER, tokenizer, wording)
+            copy_model(checkpoint, scratch / MODEL_FOLDER, tokenizer, wording, trust_remote_code=trust_remote_code)
             with (scratch / TRIE_FILE).open("wb") as file:
                 np.savez(file, allow_pickle=False, **trie_arrays(tokenizer, catalogue, table, wording, task))
             (scratch / SIDS_FILE).write_text(sids_json(catalogue, table), encoding="utf-8")
@@ -62,19 +64,15 @@ def export_serving(
     logger.info(f"Wrote {MODEL_FOLDER}/, {SIDS_FILE}, {TRIE_FILE} and {MODULE} to {folder}: {len(table.sids):,} SIDs")
 
 
-def copy_model(checkpoint: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, wording: Wording) -> None:
+def copy_model(
+    checkpoint: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, wording: Wording, *, trust_remote_code: bool
+) -> None:
     """The files of a checkpoint, weights as hard links where possible; its generation_config.json changes no score."""
-    from transformers import GenerationConfig
-
     folder.mkdir()
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name not in LEFT_OUT:
             link_or_copy(path.resolve(), folder / path.name)
-    try:
-        base = GenerationConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError, TypeError):  # it has none, or one that does not load
-        base = GenerationConfig()
-    plain_generation(base, tokenizer).save_pretrained(folder)
+    plain_generation(str(checkpoint), tokenizer, trust_remote_code=trust_remote_code).save_pretrained(folder)
     if not (folder / PROMPTS_FILE).exists():
         (folder / PROMPTS_FILE).write_text(json.dumps(wording._asdict(), indent=1, ensure_ascii=False), encoding="utf-8")
 
