@@ -15,7 +15,7 @@ from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, shown
 from sid_sft.recommend.answers import WRITERS
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS
 from sid_sft.recommend.histories import READERS
-from sid_sft.serving.export import TRIE_FILE
+from sid_sft.serving.export import CONTENT, TRIE_FILE
 from sid_sft.settings import CACHE_DIR, CHANGEABLE, EvaluateFlags, TrainFlags, answers_path, examples_per_step, intervals
 from sid_sft.tasks import TASK_GROUPS, TASKS
 
@@ -190,11 +190,11 @@ def check_export(flags: EvaluateFlags) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(f"--export_serving {name}: is a file; expected a new folder")
     try:
-        strangers = folder.is_dir() and any(folder.iterdir()) and not (folder / TRIE_FILE).is_file()
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         parent = next(place for place in target.parents if os.path.lexists(place))
     except OSError as error:
         raise InputError(f"--export_serving {name}: cannot be written ({error_text(error)})") from None
-    if strangers:
+    if found and (TRIE_FILE not in found or found - {*CONTENT, "__pycache__"}):
         raise InputError(f"--export_serving {name}: has other files in it; expected a new folder, or an earlier export")
     if not parent.is_dir():
         raise InputError(f"--export_serving {name}: {cut(str(parent), LONGEST_PATH)} is a file; expected a folder")

@@ -8,7 +8,10 @@ import importlib.util
 import json
 import os
 import random
+import re
+import subprocess
 import sys
+import textwrap
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,11 +183,31 @@ def test_generate_finds_our_beams_score_for_score(served, count):
     assert np.allclose(found.sequences_scores.view(8, -1).numpy(), ours.score, atol=1e-4, rtol=0)
 
 
+def test_the_snippet_of_the_readme_recommends(served):
+    (section,) = [part for part in (ROOT / "README.md").read_text().split("\n## ") if part.startswith("Serve it")]
+    blocks = re.findall(r"(?:^ {4}.*\n|^\n(?= {4}))+", section, re.MULTILINE)
+    (snippet,) = [textwrap.dedent(block) for block in blocks if "import LegalSids" in block]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, "-W", "ignore", "-c", snippet]
+    done = subprocess.run(command, cwd=served, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
+    sids = json.loads((served / "serving" / "sids.json").read_text())
+    assert len({sid for _, sid, _ in lines}) == 20
+    assert [title for _, _, title in lines] == [str([item["title"] for item in sids[sid]]) for _, sid, _ in lines]
+    scores = [float(score) for score, _, _ in lines]
+    assert scores == sorted(scores, reverse=True)
+
+
 def test_an_earlier_export_is_replaced_and_nothing_else_is(served, tmp_path, caplog):
-    stale = served / "serving" / "stale.json"
+    stale = served / "serving" / "model" / "stale.json"
     stale.write_text("{}")
+    (served / "serving" / "__pycache__").mkdir(exist_ok=True)
     assert evaluate.main(arguments_of(served, export_serving=served / "serving")) == 0
     assert not stale.exists()
+    (served / "serving" / "Dockerfile").write_text("FROM scratch")
+    assert "has other files" in refused(caplog, *arguments_of(served, export_serving=served / "serving"))
+    (served / "serving" / "Dockerfile").unlink()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     cases = [

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sid_sft.catalogue import Catalogue, title_text
+from sid_sft.catalogue import Catalogue, title_text, unescaped
 from sid_sft.cells import ItemIds, read_list
 from sid_sft.files import InputError, cut, error_text, json_value, read_lines, shown
 from sid_sft.interactions import LONGEST_CELL, MAX_LEFT_OUT, LeftOut, Row, read_csv
@@ -149,11 +149,18 @@ def split_cell(where: str, column: str, text: str, items: NamedItems) -> list:
         except ValueError as error:
             if column != "history":  # there it may be a title: [2 pieces] Tape
                 raise InputError(f"{where}: column {column!r} {error}: {shown(text)}; expected one like [0, 1]") from None
-    if "|" not in text and column != "history_item_title" and text not in items.catalogue.position:
+    if items.has_id_or_sid(text) or title_key(text) in items.titles:
+        return [text]
+    if "|" not in text and column != "history_item_title":
         pieces = re.split(r"[\s,]+", text.strip())
-        if column != "history" or all(map(items.is_known, pieces)):
+        if column != "history" or all(map(items.has_id_or_sid, pieces)):
             return [piece for piece in pieces if piece]
     return [piece.strip() for piece in text.split("|") if piece.strip()]
+
+
+def title_key(title: str | int | float) -> str:
+    """The same text for a title in any case and however it is escaped: "Nuts &amp; Bolts" -> "nuts & bolts"."""
+    return unescaped(title_text(title)).casefold()
 
 
 class NamedItems:
@@ -164,7 +171,7 @@ class NamedItems:
         self.titles: dict[str, list[int]] = defaultdict(list)
         for place, item in enumerate(catalogue.items):
             if item.title:
-                self.titles[item.title.casefold()].append(place)
+                self.titles[title_key(item.title)].append(place)
         self.shared: Counter[str] = Counter()  # titles given that are of several items
 
     def find(self, where: str, column: str, entry: str | int | float | None) -> int | None:
@@ -178,7 +185,7 @@ class NamedItems:
         except ValueError as error:
             raise InputError(f"{where}: column {column!r} {error}") from None
 
-    def is_known(self, text: str) -> bool:
+    def has_id_or_sid(self, text: str) -> bool:
         """Whether a text is an id or a SID as the index has it."""
         return text in self.catalogue.position or text in self.sids
 
@@ -189,10 +196,9 @@ class NamedItems:
         return self.sids.get("".join(str(entry).split()))
 
     def by_title(self, entry: str | int | float) -> int | None:
-        title = title_text(entry)
-        places = self.titles.get(title.casefold(), [])
+        places = self.titles.get(title_key(entry), [])
         if len(places) > 1:
-            self.shared[title] += 1
+            self.shared[str(entry)] += 1
         return places[0] if places else None
 
     def notes(self) -> Iterator[str]:
@@ -201,7 +207,7 @@ class NamedItems:
             yield spelling
         if self.shared:
             title = next(iter(self.shared))
-            first = self.catalogue.items[self.titles[title.casefold()][0]].id
+            first = self.catalogue.items[self.titles[title_key(title)][0]].id
             yield (
                 f"{self.shared.total():,} titles are of several items each, and the first in the index is taken "
                 f"({shown(title)}: {shown(first)})"

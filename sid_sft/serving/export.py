@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sft.export")
 
 MODULE, TRIE_FILE, SIDS_FILE, MODEL_FOLDER = "legal_sids.py", "sid_trie.npz", "sids.json", "model"
+CONTENT = (MODULE, TRIE_FILE, SIDS_FILE, MODEL_FOLDER)
 LINKED = (".safetensors", ".bin")  # weights: large, and never changed in place
 LEFT_OUT = ("sid_rows.safetensors",)  # no part of the model: a server that loads every .safetensors would stumble over it
 
@@ -53,7 +54,7 @@ def export_serving(
         with whole_folder(folder) as scratch:
             copy_model(checkpoint, scratch / MODEL_FOLDER, tokenizer, wording, trust_remote_code=trust_remote_code)
             with (scratch / TRIE_FILE).open("wb") as file:
-                np.savez(file, allow_pickle=False, **trie_arrays(tokenizer, catalogue, table, wording, task))
+                np.savez(file, **trie_arrays(tokenizer, catalogue, table, wording, task))  # type: ignore[arg-type]
             (scratch / SIDS_FILE).write_text(sids_json(catalogue, table), encoding="utf-8")
             shutil.copyfile(Path(__file__).with_name(MODULE), scratch / MODULE)
     except OSError as error:

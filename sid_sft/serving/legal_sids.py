@@ -106,7 +106,7 @@ class SidTrie:
 
     def sid_of(self, tokens: Sequence[int]) -> int:
         """Which SID some generated tokens begin with, as its place in sids.json; -1 where it is none or not whole."""
-        node = int(self.to("cpu").walk(torch.tensor([list(tokens)], dtype=torch.int64))[0])
+        node = int(self.walk(torch.tensor([list(tokens)], dtype=torch.int64, device=self.start.device))[0])
         return int(self.leaf[node]) if node >= 0 else -1
 
     def tail(self, prompt: Sequence[int]) -> list[int]:
