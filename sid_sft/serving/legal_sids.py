@@ -13,9 +13,10 @@ Scores: transformers' beam search hands its processors log p over the whole voca
 of its tokens, nothing renormalised over the legal ones: the score of evaluate.py. vLLM and SGLang take a softmax after their
 processors: what they report is renormalised over the legal tokens, unless they are told to report raw log probabilities.
 
-LegalSids is tested with transformers 5.20 to 5.23. VllmLegalSids and RequestLegalSids are written for vLLM's V1 interface,
-vllm.v1.sample.logits_processor as in 0.14 to 0.29 (from 0.32 on with VLLM_USE_V2_MODEL_RUNNER=0), SglangLegalSids for SGLang
-0.5's CustomLogitProcessor; both were tested against stand-ins made after their documentation, not in a running server.
+LegalSids was run with transformers 5.23. VllmLegalSids and RequestLegalSids are written for vLLM's V1 interface,
+vllm.v1.sample.logits_processor as documented for 0.14 to 0.29 (for 0.32 with VLLM_USE_V2_MODEL_RUNNER=0), SglangLegalSids for
+SGLang's CustomLogitProcessor as of its commit 065927d; these three were tested against stand-ins made after the documentation,
+not in a running server.
 """
 
 from __future__ import annotations
