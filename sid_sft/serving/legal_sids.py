@@ -14,9 +14,9 @@ of its tokens, nothing renormalised over the legal ones: the score of evaluate.p
 processors: what they report is renormalised over the legal tokens, unless they are told to report raw log probabilities.
 
 LegalSids was run with transformers 5.23. VllmLegalSids and RequestLegalSids are written for vLLM's V1 interface,
-vllm.v1.sample.logits_processor as documented for 0.14 to 0.29 (for 0.32 with VLLM_USE_V2_MODEL_RUNNER=0), SglangLegalSids for
-SGLang's CustomLogitProcessor as of its commit 065927d; these three were tested against stand-ins made after the documentation,
-not in a running server.
+vllm.v1.sample.logits_processor as documented for 0.14 to 0.29 (for 0.32 with VLLM_USE_V2_MODEL_RUNNER=0), SglangLegalSids
+for SGLang's CustomLogitProcessor as of its commit 065927d; these three were tested against stand-ins made after the
+documentation, not in a running server.
 """
 
 from __future__ import annotations
