@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import logging
 import os
 import sys
@@ -33,15 +32,19 @@ from sid_sft.checkpoint import (
 )
 from sid_sft.command_line import command, rank, run, tell, world_size
 from sid_sft.faults import memory_in_one_line
-from sid_sft.files import InputError, cut, one_line, shown
+from sid_sft.files import InputError, cut, shown
 from sid_sft.finite import check_finite
 from sid_sft.flag_checks import check_evaluating
 from sid_sft.interactions import Row, read_rows
 from sid_sft.output_folder import OutputFolder
+from sid_sft.recommend.answers import answers_of, write_answers
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
+from sid_sft.recommend.histories import Histories, read_histories
+from sid_sft.recommend.named_items import find_in_catalogue, split_history
 from sid_sft.recommend.ranking import item_popularity, sid_table
-from sid_sft.recommend.results import RESULT_FILES, free_rows, in_words, short, write_results
-from sid_sft.settings import EvaluateFlags, results_folder
+from sid_sft.recommend.results import RESULT_FILES, free_rows, in_words, write_results
+from sid_sft.serving.export import export_serving
+from sid_sft.settings import EvaluateFlags, answers_path, results_folder
 from sid_sft.tasks import DEFAULT_TASKS, TASKS, category_name, read_prompts
 
 if TYPE_CHECKING:
@@ -56,24 +59,32 @@ def evaluate(flags: EvaluateFlags) -> None:
     """Measure how well a checkpoint recommends, or ask it for recommendations."""
     check_evaluating(flags)
     flags = dataclasses.replace(flags, output_dir=str(results_folder(flags)))
-    outputs = OutputFolder(Path(flags.output_dir), RESULT_FILES)
-    if not flags.recommend:
+    outputs = outputs_of(flags)
+    if outputs:
         outputs.check()
     catalogue = read_catalogue(Path(flags.sid_index_path), Path(flags.item_meta_path) if flags.item_meta_path else None)
     wording = wording_of(flags)
     task = task_of(flags, wording)
+    train = rows_of(flags.train_file, catalogue, flags) if flags.train_file else []
+    if flags.export_serving:
+        export(flags, catalogue, wording, task, train)
+        return
+    histories = None
     if flags.recommend:
         history = tuple(find_in_catalogue(text, catalogue) for text in split_history(flags.recommend, catalogue))
         rows = [Row("", history, history[-1])]
+    elif flags.recommend_file:
+        file, shows = Path(flags.recommend_file), TASKS[task].shows
+        histories = read_histories(file, catalogue, shows=shows, max_left_out=flags.max_left_out)
+        rows = [row for row in histories.rows if row]
     else:
         rows = sampled(rows_of(flags.test_file, catalogue, flags), flags.sample, flags.seed)
-    train = rows_of(flags.train_file, catalogue, flags) if flags.train_file else []
     positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
     cutoff_len = fit_cutoff(flags.cutoff_len, positions and positions - beams_beyond(catalogue))
-    writes = rank() == 0 and not flags.recommend
     cure = f"try --batch_size {max(1, flags.batch_size // 2)} or fewer --num_beams"
-    with outputs.held("evaluate.py") if writes else contextlib.nullcontext(), memory_in_one_line(cure):
-        recommend_and_measure(flags, catalogue, wording.prompts, task, rows, train, cutoff_len)
+    held = outputs.held("evaluate.py") if outputs and rank() == 0 else contextlib.nullcontext()
+    with held, memory_in_one_line(cure):
+        recommend_and_measure(flags, catalogue, wording.prompts, task, rows, histories, train, cutoff_len)
 
 
 def recommend_and_measure(
@@ -82,15 +93,15 @@ def recommend_and_measure(
     prompts: dict[str, str],
     task: str,
     rows: list[Row],
+    histories: Histories | None,
     train: list[Row],
     cutoff_len: int,
 ) -> None:
-    """Recommends for the rows, and tells what was found: in words with --recommend, as metrics and files otherwise."""
+    """Recommends for the rows, and tells what was found: in words with --recommend, in a file with --recommend_file, whose
+    histories are given, as metrics and files otherwise."""
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     tokenizer = load_tokenizer(flags.base_model, trust_remote_code=flags.trust_remote_code)
     check_vocabulary(tokenizer, catalogue, flags)
     device = own_device()
@@ -111,6 +122,7 @@ def recommend_and_measure(
         num_beams=flags.num_beams,
         batch_size=flags.batch_size,
         cutoff_len=cutoff_len,
+        exclude_history=flags.exclude_history,
         model_name=f"--base_model {flags.base_model}",
     )
     started = time.monotonic()
@@ -118,17 +130,59 @@ def recommend_and_measure(
     seconds = time.monotonic() - started
     table = sid_table(catalogue, item_popularity(train))
     if rank() == 0:
+        if not flags.recommend:
+            speed = f"{seconds:.1f} s, {len(rows) / seconds:,.0f} rows/s"
+            logger.info(f"{len(rows):,} rows x {flags.num_beams} beams in {speed}")
         if flags.recommend:
             tell(in_words(rows[0], recommended.sid[0], recommended.score[0], catalogue, table, truth=False))
+        elif histories:
+            path = answers_path(flags)
+            write_answers(path, answers_of(histories, recommended, catalogue, table), histories.users)
+            logger.info(f"Wrote {len(histories.rows):,} rows to {path}")
         else:
-            logger.info(
-                f"{len(rows):,} rows x {flags.num_beams} beams in {seconds:.1f} s, {len(rows) / seconds:,.0f} rows/s"
-            )
             free = free_rows(evaluator, model, flags.seed)
             write_results(flags, task, rows, train, catalogue, table, recommended, free, seconds)
     if world_size() > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def export(flags: EvaluateFlags, catalogue: Catalogue, wording: Wording, task: str, train: list[Row]) -> None:
+    """--export_serving: the folder for an inference server."""
+    quiet_transformers()
+    tokenizer = load_tokenizer(flags.base_model, trust_remote_code=flags.trust_remote_code)
+    check_vocabulary(tokenizer, catalogue, flags)
+    table = sid_table(catalogue, item_popularity(train))
+    if rank() == 0:
+        export_serving(
+            Path(flags.export_serving),
+            Path(flags.base_model),
+            tokenizer,
+            catalogue,
+            table,
+            wording,
+            task,
+            trust_remote_code=flags.trust_remote_code,
+        )
+
+
+def quiet_transformers() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def outputs_of(flags: EvaluateFlags) -> OutputFolder | None:
+    """The folder that the results go to; None where the answer is told, or a folder of its own is written."""
+    if flags.recommend or flags.export_serving:
+        return None
+    if not flags.recommend_file:
+        return OutputFolder(Path(flags.output_dir), RESULT_FILES)
+    path = answers_path(flags)
+    return OutputFolder(
+        path.parent, (path.name,), flag="recommendations_file" if flags.recommendations_file else "output_dir"
+    )
 
 
 def rows_of(path: str, catalogue: Catalogue, flags: EvaluateFlags) -> list[Row]:
@@ -195,40 +249,6 @@ def check_rows_of(
             f"--base_model {flags.base_model}: its tokenizer goes up to id {highest}, but its embedding has {size} "
             "rows; the folder mixes two models"
         )
-
-
-def split_history(text: str, catalogue: Catalogue) -> list[str]:
-    """'Wood glue | 278' -> ['Wood glue', '278']; ids alone may be separated by commas or spaces."""
-    pieces = text.replace(",", " ").split()
-    if "|" not in text and len(pieces) > 1 and all(piece in catalogue.position for piece in pieces):
-        return pieces
-    pieces = [one_line(piece) for piece in text.split("|") if piece.strip()]
-    if not pieces:
-        raise InputError(f"--recommend {shown(text)}: names no item; expected titles or item ids, separated by |")
-    return pieces
-
-
-def find_in_catalogue(text: str, catalogue: Catalogue) -> int:
-    """The place of the item that is meant by an id, a title, or a part of one title alone; case does not matter."""
-    if text in catalogue.position:
-        return catalogue.position[text]
-    wanted = text.casefold()
-    titles = [item.title.casefold() for item in catalogue.items]
-    matches = [place for place, title in enumerate(titles) if title == wanted]
-    matches = matches or [place for place, title in enumerate(titles) if wanted in title]
-    if len(matches) == 1:
-        return matches[0]
-    named = [f"{cut(catalogue.items[place].id)} ({short(catalogue.items[place].title, 60)})" for place in matches[:3]]
-    if matches:
-        raise InputError(
-            f"--recommend {shown(text)}: is in the titles of {len(matches)} items, among them {', '.join(named)}; "
-            "give an id or more of the title"
-        )
-    if not any(titles):
-        raise InputError(f"--recommend {shown(text)}: is no item id, and without --item_meta_path items have no titles")
-    close = difflib.get_close_matches(wanted, titles, n=1, cutoff=0.4)
-    hint = f"; the closest is {shown(catalogue.items[titles.index(close[0])].title)}" if close else ""
-    raise InputError(f"--recommend {shown(text)}: is no item id and in no title{hint}")
 
 
 def main(arguments: list[str]) -> int:

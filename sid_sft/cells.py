@@ -51,7 +51,7 @@ def read_list(cell: str) -> list[str | int | float | None]:
             warnings.simplefilter("ignore")  # '\/' in a title is nothing to warn of
             return ast.literal_eval(plain)
     if begun := LIST_BEGUN.match(plain):
-        raise ValueError(f"is not a list literal (no comma between {begun[1][:30]} and {begun[2][:30]})")
+        raise ValueError(f"is not a list literal (no comma between {cut(begun[1], 30)} and {cut(begun[2], 30)})")
     if "..." in re.sub(STRING, "", plain):
         raise ValueError("is not a list literal (numpy left entries out of it at the three dots)")
     raise ValueError("is not a list literal of texts and numbers")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sid_sft.settings import TrainFlags
     from sid_sft.sid_rows import SidRows
@@ -268,6 +268,8 @@ def save_final(
             final, digest = base_with_rows(flags, model, tokenizer, rows)
             rows.save(scratch / ROWS_FILE, digest)
         final.config.pad_token_id = tokenizer.pad_token_id
+        trust = flags.trust_remote_code
+        final.generation_config = plain_generation(flags.base_model, tokenizer, trust_remote_code=trust)
         final.save_pretrained(scratch)
         del final
         tokenizer.save_pretrained(scratch)
@@ -276,6 +278,29 @@ def save_final(
         (scratch / "README.md").write_text(card, encoding="utf-8")
         check_saved(scratch, model, rows, trust_remote_code=flags.trust_remote_code)
     logger.info(f"Saved the model and tokenizer to {folder}")
+
+
+def plain_generation(base_model: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> GenerationConfig:
+    """How a trained model generates where nobody says how: greedily, with the base's begin and end tokens and nothing else.
+
+    What a base has beside them, such as do_sample, temperature and repetition_penalty of a chat model, would change the
+    scores of SIDs, in transformers and in servers that read generation_config.json. A base with the end tokens [7, 9] whose
+    tokenizer ends with 9 keeps [7, 9]; the tokenizer's is added where the base does not have it.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        base = GenerationConfig.from_pretrained(base_model)
+    except Exception:  # other people's code: there is no such file, or it holds something else
+        base = GenerationConfig.from_model_config(load_config(base_model, trust_remote_code=trust_remote_code))
+    own, given = tokenizer.eos_token_id, base.eos_token_id
+    ends = [*(end for end in (given if isinstance(given, list) else [given]) if type(end) is int), own]
+    ends = list(dict.fromkeys(ends))
+    return GenerationConfig(
+        bos_token_id=base.bos_token_id if type(base.bos_token_id) is int else None,
+        eos_token_id=ends if len(ends) > 1 else own,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def base_with_rows(

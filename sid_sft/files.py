@@ -77,15 +77,20 @@ def read_json(path: Path, expected: str) -> Any:
         raise InputError(f"{path}: cannot be read ({error_text(error)}); expected {expected}") from None
     if not text.strip():
         raise InputError(f"{path}: is empty; expected {expected}")
+    return json_value(text, str(path), expected)
+
+
+def json_value(text: str, where: str, expected: str) -> Any:
+    """The value of a JSON text; InputError begins with `where`, the text's file or line, when it is broken."""
     try:
         content = json.loads(text, object_pairs_hook=distinct_keys)
         if "\\ud" in text.lower():  # an emoji is two of these; one alone is no character, and nothing can write it
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         near = error.object[max(error.start - 30, 0) : error.start + 1].encode("ascii", "backslashreplace").decode()
-        raise InputError(f"{path}: holds half a character at the end of {near!r}; mend or remove it") from None
+        raise InputError(f"{where}: holds half a character at the end of {near!r}; mend or remove it") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({error_text(error)}); expected {expected}") from None
+        raise InputError(f"{where}: is not JSON ({error_text(error)}); expected {expected}") from None
     return content
 
 
@@ -98,22 +103,22 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path, expected: str = "a UTF-8 CSV") -> Iterator[str]:
     """The lines of a UTF-8 text file; InputError names the line that is not UTF-8 or holds a NUL byte."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
                 if len(line) == LONGEST_LINE:
-                    raise InputError(f"{path}:{number}: is a line of {LONGEST_LINE:,} bytes or more; expected a UTF-8 CSV")
+                    raise InputError(f"{path}:{number}: is a line of {LONGEST_LINE:,} bytes or more; expected {expected}")
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise InputError(f"{path}:{number}: is not UTF-8 ({error_text(error)}); save it as UTF-8") from None
                 if "\0" in text:
-                    raise InputError(f"{path}:{number}: holds a NUL byte; expected a UTF-8 CSV")
+                    raise InputError(f"{path}:{number}: holds a NUL byte; expected {expected}")
                 yield text
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error_text(error)}); expected a UTF-8 CSV") from None
+        raise InputError(f"{path}: cannot be read ({error_text(error)}); expected {expected}") from None
 
 
 def one_line(text: str) -> str:
@@ -188,8 +193,8 @@ def follow_umask(path: Path) -> None:
     mask = os.umask(0o077)
     os.umask(mask)
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if entry.is_symlink():
-            continue
+        if entry.is_symlink() or (entry.is_file() and entry.stat().st_nlink > 1):
+            continue  # what is a file of another folder, too, keeps its mode
         mode = entry.stat().st_mode
         wanted = (0o777 | mode & stat.S_ISGID if entry.is_dir() else 0o666) & ~mask
         if stat.S_IMODE(mode) != wanted:

@@ -11,9 +11,12 @@ import os
 from pathlib import Path
 
 from sid_sft.command_line import LARGEST, suggestion, world_size
-from sid_sft.files import LONGEST_PATH, InputError, cut, shown
+from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, shown
+from sid_sft.recommend.answers import WRITERS
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS
-from sid_sft.settings import CACHE_DIR, CHANGEABLE, EvaluateFlags, TrainFlags, examples_per_step, intervals
+from sid_sft.recommend.histories import READERS
+from sid_sft.serving.export import CONTENT, TRIE_FILE
+from sid_sft.settings import CACHE_DIR, CHANGEABLE, EvaluateFlags, TrainFlags, answers_path, examples_per_step, intervals
 from sid_sft.tasks import TASK_GROUPS, TASKS
 
 
@@ -148,5 +151,50 @@ def check_distribution(flags: TrainFlags) -> None:
 def check_evaluating(flags: EvaluateFlags) -> None:
     """Refuses, before anything heavy is loaded, flags of evaluate.py that contradict each other or the disk."""
     check_base_model(flags.base_model)
-    if not flags.recommend and not flags.test_file:
+    asked = [name for name in ("recommend", "recommend_file", "export_serving") if getattr(flags, name)]
+    if not asked and not flags.test_file:
         raise InputError("--test_file is missing")
+    if len(asked) > 1:
+        raise InputError(f"--{asked[0]} and --{asked[1]} are two things to do; give one of the two")
+    if flags.recommendations_file and not flags.recommend_file:
+        raise InputError("--recommendations_file needs --recommend_file, whose answers go there")
+    if flags.exclude_history and asked not in (["recommend"], ["recommend_file"]):
+        raise InputError(
+            "--exclude_history is for --recommend and --recommend_file; metrics.json has the numbers with and without it"
+        )
+    if flags.recommend_file:
+        check_answers(flags)
+    if flags.export_serving:
+        check_export(flags)
+
+
+def check_answers(flags: EvaluateFlags) -> None:
+    """Refuses files of --recommend_file that are of an unknown kind, or one and the same."""
+    places = {"recommend_file": flags.recommend_file, "recommendations_file": str(answers_path(flags))}
+    for (name, path), kinds in zip(places.items(), (tuple(READERS), tuple(WRITERS)), strict=True):
+        if Path(path).suffix.lower() not in kinds:
+            raise InputError(f"--{name} {cut(path, LONGEST_PATH)}: is of an unknown kind; expected {', '.join(kinds)}")
+    if os.path.realpath(places["recommend_file"]) == os.path.realpath(places["recommendations_file"]):
+        path = cut(flags.recommend_file, LONGEST_PATH)
+        raise InputError(f"--recommendations_file {path}: is the file of --recommend_file, too; choose another name")
+
+
+def check_export(flags: EvaluateFlags) -> None:
+    """Refuses a place for --export_serving where something else would be lost."""
+    folder, name = Path(flags.export_serving), cut(flags.export_serving, LONGEST_PATH)
+    if not os.path.isdir(flags.base_model):
+        raise InputError(f"--export_serving needs a folder for --base_model, not the hub name {shown(flags.base_model)}")
+    model, target = Path(os.path.realpath(flags.base_model)), Path(os.path.realpath(folder))
+    if target == model or target in model.parents:
+        raise InputError(f"--export_serving {name}: holds --base_model; choose another folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"--export_serving {name}: is a file; expected a new folder")
+    try:
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        parent = next(place for place in target.parents if os.path.lexists(place))
+    except OSError as error:
+        raise InputError(f"--export_serving {name}: cannot be written ({error_text(error)})") from None
+    if found and (TRIE_FILE not in found or found - {*CONTENT, "__pycache__"}):
+        raise InputError(f"--export_serving {name}: has other files in it; expected a new folder, or an earlier export")
+    if not parent.is_dir():
+        raise InputError(f"--export_serving {name}: {cut(str(parent), LONGEST_PATH)} is a file; expected a folder")

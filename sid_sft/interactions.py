@@ -128,18 +128,27 @@ def read_rows(
             note(f"{path.name}: {counts[key]:,} {text} ({counts['rows']:,} rows)")
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def check_columns(path: Path, header: list[str]) -> None:
+    """InputError unless a header has each of CSV_COLUMNS once."""
+    for column in CSV_COLUMNS:
+        if header.count(column) != 1:
+            fault = f"has the column {column!r} twice" if column in header else f"has no column {column!r}"
+            raise InputError(f"{path}: {fault}; its columns are {shown(','.join(header), 200)}")
+
+
+def read_csv(
+    path: Path,
+    check_header: Callable[[Path, list[str]], None] = check_columns,
+    expected: str = ",".join(CSV_COLUMNS),
+) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, {column: cell}) of each row of an interaction CSV: the row's last line, since a cell may hold line ends."""
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(read_lines(path), strict=True)
     try:
         header = next(reader, None)
         if header is None:
-            raise InputError(f"{path}: is empty; expected a header line {','.join(CSV_COLUMNS)}")
-        for column in CSV_COLUMNS:
-            if header.count(column) != 1:
-                fault = f"has the column {column!r} twice" if column in header else f"has no column {column!r}"
-                raise InputError(f"{path}: {fault}; its columns are {shown(','.join(header), 200)}")
+            raise InputError(f"{path}: is empty; expected a header line {expected}")
+        check_header(path, header)
         for cells in reader:
             if len(cells) == len(header):
                 yield reader.line_num, dict(zip(header, cells, strict=True))

@@ -33,12 +33,14 @@ RECORD_FILE = "checkpoint.json"  # makes a checkpoint a whole one, see resuming.
 
 @dataclass
 class OutputFolder:
-    """An output folder. files, folders: the names of what a run writes there, as patterns; needed: bytes of a checkpoint
-    or of the model, whichever is more, once `check_room` knows them; mine: whether this process holds the folder."""
+    """An output folder. files, folders: the names of what a run writes there, as patterns; flag: the flag that names it;
+    needed: bytes of a checkpoint or of the model, whichever is more, once `check_room` knows them; mine: whether this
+    process holds the folder."""
 
     path: Path
     files: Sequence[str]
     folders: Sequence[str] = ()
+    flag: str = "output_dir"
     needed: int = 0
     mine: bool = False
 
@@ -47,14 +49,14 @@ class OutputFolder:
         for place in (self.path, *self.path.parents):
             if os.path.lexists(place):
                 if not place.is_dir():
-                    raise InputError(f"--output_dir {self.path}: {place} is a file; expected a folder, or nothing yet")
+                    raise InputError(f"--{self.flag} {self.path}: {place} is a file; expected a folder, or nothing yet")
                 break
         for names, kind, right in ((self.files, "file", Path.is_file), (self.folders, "folder", Path.is_dir)):
             for place in (found for name in names for found in sorted(self.path.glob(name))):
                 fault = f"is no {kind}" if not right(place) else "" if os.access(place, os.W_OK) else "may not be written"
                 if fault:
                     raise InputError(
-                        f"--output_dir {self.path}: {place.name} {fault}, and a {kind} will be written there; move it away"
+                        f"--{self.flag} {self.path}: {place.name} {fault}, and a {kind} will be written there; move it away"
                     )
 
     @contextlib.contextmanager
@@ -71,13 +73,13 @@ class OutputFolder:
                 other = stack.enter_context(held(self.path / LOCK_FILE, program))
             except OSError as error:
                 raise InputError(
-                    f"--output_dir {self.path}: cannot be written ({error_text(error)}); make room or make it writable, or "
+                    f"--{self.flag} {self.path}: cannot be written ({error_text(error)}); make room or make it writable, or "
                     "choose another folder"
                 ) from None
             if other:
                 raise InputError(
-                    f"--output_dir {self.path}: another run writes there ({other}); wait for it, stop it, or choose another "
-                    "folder"
+                    f"--{self.flag} {self.path}: another run writes there ({other}); wait for it, stop it, or choose "
+                    "another folder"
                 )
             self.mine = True
             yield
@@ -94,11 +96,11 @@ class OutputFolder:
         free = self.free()
         if free < least:
             raise InputError(
-                f"--output_dir {self.path}: its disk has {size(free)} free, and checkpoint and final model need at least "
+                f"--{self.flag} {self.path}: its disk has {size(free)} free, and checkpoint and final model need at least "
                 f"{size(least)}; free {size(least - free)} more or choose another folder"
             )
         if free < most:
-            logger.info(f"--output_dir {self.path}: its disk has {size(free)} free; up to {size(most)} will be written")
+            logger.info(f"--{self.flag} {self.path}: its disk has {size(free)} free; up to {size(most)} will be written")
 
     def free(self) -> int:
         """Bytes that the folder's disk has free."""
@@ -131,7 +133,7 @@ class OutputFolder:
         cure = "no checkpoint was written yet: make room and start anew"
         if newest:
             cure = f"{newest.name} is whole: make room and go on from there with --resume_from_checkpoint True"
-        return f"--output_dir {self.path}: cannot be written ({reason}; {size(free)} free{lacking}); {cure}"
+        return f"--{self.flag} {self.path}: cannot be written ({reason}; {size(free)} free{lacking}); {cure}"
 
 
 def can_be_read(path: Path) -> bool:

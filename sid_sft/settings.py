@@ -34,6 +34,7 @@ from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS
 FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told; on what evidence: results/freeze_learning.md
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
 CACHE_DIR = "~/.cache/sid-sft"
+ANSWERS_FILE = "recommendations.jsonl"
 STEPS_SHARE = 0.05  # of a run, between two evaluations and checkpoints: twenty of them
 BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
 # The flags that decide a run's numbers and may differ, if --allow_changed names them, when a run goes on from a checkpoint.
@@ -268,7 +269,21 @@ class EvaluateFlags:
     sample: int = same_flag(TrainFlags, "sample", "random rows to evaluate on")
     seed: int = same_flag(TrainFlags, "seed", "decides the sample, the examples and the bootstrap")
     examples: int = flag(0, "rows to show in words: history, truth, recommendations", at_least(0))
-    recommend: str = flag("", "a history, titles or item ids, oldest first, separated by |; answers and stops")
+    recommend: str = flag("", "a history, titles, item ids or SIDs, oldest first, separated by |; answers and stops")
+    recommend_file: str = flag(
+        "",
+        "CSV, Parquet or JSON lines with a history a row: column history, or those of an interaction CSV; answers and stops",
+        is_file=True,
+    )
+    recommendations_file: str = flag(
+        "",
+        "where the answers to recommend_file go: .csv, .parquet or .jsonl",
+        if_unset=f"{ANSWERS_FILE} in output_dir",
+    )
+    exclude_history: bool = flag(False, "with recommend and recommend_file: leave out the SIDs that the history has")
+    export_serving: str = flag(
+        "", "a new folder for an inference server: model, catalogue, trie, logits processors; writes it and stops"
+    )
     task: str = flag(
         "",
         "what is asked of the model, after a history of SIDs or of titles",
@@ -309,6 +324,11 @@ def results_folder(flags: EvaluateFlags) -> Path:
     if flags.output_dir:
         return Path(flags.output_dir)
     return Path(flags.base_model if os.path.isdir(flags.base_model) else "") / "evaluation"
+
+
+def answers_path(flags: EvaluateFlags) -> Path:
+    """Where the answers to --recommend_file go."""
+    return Path(flags.recommendations_file) if flags.recommendations_file else results_folder(flags) / ANSWERS_FILE
 
 
 def examples_per_step(flags: TrainFlags) -> int:

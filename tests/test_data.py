@@ -636,6 +636,11 @@ def test_a_list_cell_of_numpy_pandas_or_json_reads_as_it_was_meant(cell, entries
     assert read_list(cell) == entries
 
 
+def test_what_a_list_cell_is_refused_for_is_told_in_plain_text():
+    with pytest.raises(ValueError, match=r"no comma between '\\x00a' and 'b'\)$"):
+        read_list("['\0a' 'b']")
+
+
 NO_COMMA = {
     "two texts": "['0' '1']",
     "two texts in two lines": "['0'\n '1']",

@@ -16,6 +16,7 @@ from conftest import ROOT, SHARED, byte_bpe, small_model
 from families import small_family
 from fuzzing import check_line
 from sklearn.metrics import ndcg_score
+from stores import FIXED, MIXED, TEXT, arguments_of, catalogue_of, shop_rows, write_rows, write_store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -48,15 +49,10 @@ from sid_sft.recommend.ranking import (
     to_items,
     views,
 )
-from sid_sft.tasks import DEFAULT_TASKS, TASKS, render
+from sid_sft.tasks import TASKS, render
 from sid_sft.vocabulary import add_sid_tokens
 
 AMAZON = SHARED / "data" / "amazon" / "Industrial_and_Scientific"
-TEXT = [
-    "Semantic IDs of the products that one customer bought, oldest first, one per line:\n",
-    "red wood screws",
-    "glue",
-]
 
 
 # ---------------------------------------------------------------------------------------------- what the tests stand on
@@ -77,14 +73,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {"byte-level": lambda: byte_bpe(TEXT, 300), "metaspace": metaspace_tokenizer}
-FIXED = [(f"<a_{a}>", f"<b_{b}>", f"<c_{(a * b) % 5}>") for a, b in itertools.product(range(4), range(5))]
 WORDING = {"sid_sid": "Bought by one customer:\n{history}", "title_sid": "Titles:\n{history}"}
-MIXED = [*FIXED, *(f + ("<d_1>",) for f in FIXED[:6]), FIXED[7][:2], ("<a_9>",)]
-
-
-def catalogue_of(sids: list[tuple[str, ...]]) -> Catalogue:
-    items = [Item(str(100 + place), sid, f"Product number {place}") for place, sid in enumerate(sids)]
-    return Catalogue(items, {item.id: place for place, item in enumerate(items)})
 
 
 def prompts_of(tokenizer, catalogue: Catalogue) -> list[np.ndarray]:
@@ -544,14 +533,6 @@ def test_baselines_on_real_data_have_the_known_hit_rates():
 # ---------------------------------------------------------------------------------------------- the evaluator
 
 
-def shop_rows(count: int, items: int) -> list[Row]:
-    rng = np.random.default_rng(0)
-    return [
-        Row(f"u{i // 3}", tuple(rng.integers(items, size=1 + i % 4).tolist()), int(rng.integers(items)))
-        for i in range(count)
-    ]
-
-
 def test_the_evaluator_sees_the_model_as_it_is_and_leaves_it_as_it_was():
     catalogue, tokenizer = catalogue_of(MIXED), byte_bpe(TEXT, 300)
     add_sid_tokens(tokenizer, sorted({token for sid in MIXED for token in sid}))
@@ -617,50 +598,9 @@ def test_more_beams_than_sids_find_each_sid_once_with_and_without_the_constraint
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def write_rows(path: Path, catalogue: Catalogue, rows: list[Row]) -> None:
-    lines = [",".join(CSV_COLUMNS)]
-    for row in rows:
-        items = [catalogue.items[place] for place in row.history]
-        target = catalogue.items[row.item]
-        lists = [[i.title for i in items], [int(i.id) for i in items], ["".join(i.sid) for i in items]]
-        titles, ids, sids = (f'"{cell}"' for cell in lists)
-        lines.append(",".join([row.user, titles, target.title, ids, target.id, sids, "".join(target.sid)]))
-    path.write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    """A folder with a checkpoint, an index, titles and interactions."""
-    folder = tmp_path_factory.mktemp("store")
-    catalogue = catalogue_of(FIXED)
-    (folder / "X.index.json").write_text(json.dumps({item.id: item.sid for item in catalogue.items}))
-    (folder / "X.item.json").write_text(
-        json.dumps({item.id: {"title": item.title, "description": ""} for item in catalogue.items})
-    )
-    write_rows(folder / "X.test.csv", catalogue, shop_rows(30, len(FIXED)))
-    write_rows(folder / "X.train.csv", catalogue, shop_rows(50, len(FIXED))[::-1])
-    tokenizer = byte_bpe(TEXT, 300)
-    tokenizer.save_pretrained(folder / "plain")
-    small_model("qwen2", len(tokenizer), tie_word_embeddings=True).eval().save_pretrained(folder / "plain")
-    add_sid_tokens(tokenizer, sorted({token for sid in FIXED for token in sid}))
-    tokenizer.save_pretrained(folder / "model")
-    small_model("qwen2", len(tokenizer), tie_word_embeddings=True).eval().save_pretrained(folder / "model")
-    wording = {"category": "toy", "tasks": list(DEFAULT_TASKS), "prompts": {"sid_sid": "Bought so far:\n{history}"}}
-    (folder / "model" / "prompts.json").write_text(json.dumps(wording))
-    return folder
-
-
-def arguments_of(store: Path, **flags) -> list[str]:
-    values = {
-        "base_model": store / "model",
-        "test_file": store / "X.test.csv",
-        "train_file": store / "X.train.csv",
-        "sid_index_path": store / "X.index.json",
-        "item_meta_path": store / "X.item.json",
-        "num_beams": 10,
-        "batch_size": 4,
-    } | flags
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return write_store(tmp_path_factory.mktemp("store"))
 
 
 def test_two_processes_write_the_numbers_of_one(store, tmp_path):

@@ -11,8 +11,12 @@ import dataclasses
 import io
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import toy
@@ -30,6 +34,10 @@ from sid_sft.dataset_cache import Source, rows_of
 from sid_sft.files import InputError, plain, shown
 from sid_sft.flag_checks import check_evaluating, check_training
 from sid_sft.interactions import CSV_COLUMNS, Row, read_preferences, read_rows
+from sid_sft.recommend.answers import answers_of, write_answers
+from sid_sft.recommend.evaluator import Recommended
+from sid_sft.recommend.histories import HISTORY_COLUMNS, read_histories
+from sid_sft.recommend.ranking import sid_table
 from sid_sft.settings import EvaluateFlags, TrainFlags
 from sid_sft.sid_rows import ROWS_FILE, read_rows_file
 from sid_sft.tasks import DEFAULT_TASKS, PROMPTS, TASKS, read_prompts, render
@@ -253,6 +261,108 @@ def test_a_row_that_is_long_and_odd_everywhere_is_refused_in_a_short_line(column
     assert reads(lambda path: list(read_rows(path, catalogue)), csv_bytes([right]), path)
     for text in (odd, repr([odd]), repr([odd, odd]), "[" + "9" * 900 + "]", "7", "['7']", "", "'" * 900):
         reads(lambda path: list(read_rows(path, catalogue)), csv_bytes([{**right, column: text}] * 3), path)
+
+
+# ---------------------------------------------------------------------------------------------- histories
+
+
+pa.Table.from_pylist([{"history": 0}])  # loads pandas, here and not while a reader is watched
+RIGHT_HISTORIES = [
+    {"user_id": "ann", "history": [0, "1", "<a_1><b_0><c_1><d_0>", "Gloves"]},
+    {"user_id": 7, "history": "0 | Gloves", "history_item_title": ["Gloves", None]},
+    {"user_id": None, "history_item_id": [4, 0], "history_item_sid": ["<a_0><b_0><c_0>"]},
+    {"history_item_sid": "<a_0><b_0><c_0> <a_0><b_1><c_1>"},
+]
+
+
+def read_and_answer(path: Path, catalogue: Catalogue) -> None:
+    """Reads histories, and writes answers of one SID for each row that has a history, in all three kinds of file."""
+    notes: list[str] = []
+    found = read_histories(path, catalogue, notes.append, shows="sid", max_left_out=1)
+    for note in notes:
+        check_line("log: " + plain(note))
+    for row in filter(None, found.rows):
+        assert row.history
+        assert {*row.history} <= set(range(len(catalogue.items)))
+    table, known = sid_table(catalogue, Counter()), sum(row is not None for row in found.rows)
+    recommended = Recommended(np.zeros((known, 1), dtype=np.int64), np.full((known, 1), -1.5))
+    for ending in ("csv", "jsonl", "parquet"):
+        write_answers(path.parent / f"answers.{ending}", answers_of(found, recommended, catalogue, table), found.users)
+
+
+def histories_are_read(content: bytes, path: Path, catalogue: Catalogue) -> bool:
+    return reads(lambda path: read_and_answer(path, catalogue), content, path)
+
+
+@st.composite
+def odd_json_lines(draw) -> bytes:
+    """Lines of which some are odd, or any bytes."""
+    rows = [json.dumps(row).encode() for row in RIGHT_HISTORIES]
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.integers(0, len(rows) - 1))
+        rows[at] = draw(mutated_json(RIGHT_HISTORIES[at])).replace(b"\n", b" ")
+    return b"\n".join(rows)
+
+
+@st.composite
+def odd_csv_histories(draw) -> bytes:
+    column = draw(st.sampled_from(HISTORY_COLUMNS))
+    cells = draw(
+        st.lists(st.one_of(odd_cell(), odd_text(), st.sampled_from(["[0, 1]", "0", "Gloves|0"])), min_size=1, max_size=4)
+    )
+    text = io.StringIO()
+    csv.writer(text).writerows([["user_id", column], *([draw(odd_text()), cell] for cell in cells)])
+    content = text.getvalue().encode("utf-8", "surrogatepass")
+    return draw(mutated_bytes(content)) if draw(st.integers(0, 3)) == 0 else content
+
+
+PARQUET_TYPES = {
+    "text": (pa.string(), ["0", "Gloves", None, "x" * 5000, "\x1b[2J", "[0, 1]"]),
+    "bytes": (pa.binary(), [b"0", b"\xff\xfe", None]),
+    "numbers": (pa.float64(), [0.0, 1.5, float("nan"), 1e308, None]),
+    "whole numbers": (pa.uint64(), [0, 4, 2**64 - 1, None]),
+    "truth": (pa.bool_(), [True, None]),
+    "times": (pa.timestamp("ns"), [0, 2**62, None]),
+    "decimals": (pa.decimal128(5, 2), [None, 1]),
+}
+
+
+@st.composite
+def odd_parquet(draw) -> bytes:
+    """Columns of any type, lists of them, lists of lists, and the bytes of such a file with changes."""
+    columns = {}
+    for name in draw(st.lists(st.sampled_from(["user_id", *HISTORY_COLUMNS, "other"]), min_size=1, max_size=3, unique=True)):
+        kind, values = PARQUET_TYPES[draw(st.sampled_from([*PARQUET_TYPES]))]
+        cells = st.sampled_from(values)
+        for _ in range(draw(st.integers(0, 2))):
+            kind, cells = pa.list_(kind), st.one_of(st.none(), st.lists(cells, max_size=3))
+        columns[name] = pa.array([draw(cells) for _ in range(3)], kind)
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return draw(mutated_bytes(buffer.getvalue())) if draw(st.booleans()) else buffer.getvalue()
+
+
+def test_the_histories_that_are_changed_below_are_right(folder, catalogue):
+    lines = b"\n".join(json.dumps(row).encode() for row in RIGHT_HISTORIES)
+    assert histories_are_read(lines, folder / "right.jsonl", catalogue)
+    assert histories_are_read(b"user_id,history\nann,Gloves|0\n", folder / "right.csv", catalogue)
+    pq.write_table(pa.table({"user_id": [1, 2], "history": [[0, 4], [1]]}), folder / "right.parquet")
+    assert histories_are_read((folder / "right.parquet").read_bytes(), folder / "right.parquet", catalogue)
+
+
+@fuzz(odd_json_lines())
+def test_histories_in_json_lines_are_read_or_refused(folder, catalogue, content):
+    histories_are_read(content, folder / "odd.jsonl", catalogue)
+
+
+@fuzz(odd_csv_histories())
+def test_histories_in_a_csv_are_read_or_refused(folder, catalogue, content):
+    histories_are_read(content, folder / "odd-histories.csv", catalogue)
+
+
+@fuzz(odd_parquet())
+def test_histories_in_parquet_are_read_or_refused(folder, catalogue, content):
+    histories_are_read(content, folder / "odd.parquet", catalogue)
 
 
 # ---------------------------------------------------------------------------------------------- rows files

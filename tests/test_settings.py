@@ -36,7 +36,8 @@ TRAIN_FLAGS = """
 """
 EVALUATE_FLAGS = """
     base_model test_file sid_index_path item_meta_path train_file output_dir num_beams batch_size sample seed examples
-    recommend task category cutoff_len max_left_out trust_remote_code
+    recommend recommend_file recommendations_file exclude_history export_serving task category cutoff_len max_left_out
+    trust_remote_code
 """
 PUBLIC_NAMES = {
     sft: """TokenExtender add_sid_tokens apply_sid_rows assert_sids_round_trip freeze_llm grow_embeddings init_rows

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, run_command, small_model
 from safetensors.torch import load_file
 from test_frozen_prefix import plain_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import data
 import sft
@@ -234,6 +234,25 @@ def test_a_checkpoint_is_the_base_of_the_next_run_in_freeze_mode_and_whole(flags
     assert "Adding 0 new tokens" in text
     before, after = weights(first / "final_checkpoint"), weights(tmp_path / "whole" / "final_checkpoint")
     assert all((before[name] != after[name]).any() for name in before)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_of_a_base_that_samples_and_penalises_the_checkpoint_keeps_the_tokens_alone(flags, base, tmp_path, caplog, freeze):
+    """As Qwen2.5's chat models do: what they add to scores would change every server's answers."""
+    shutil.copytree(base, sampling := tmp_path / "base")
+    chat = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+    chat |= {"no_repeat_ngram_size": 3, "bad_words_ids": [[7]], "max_new_tokens": 9, "num_beams": 2}
+    GenerationConfig(bos_token_id=2, eos_token_id=[5, 3], pad_token_id=4, **chat).save_pretrained(sampling)
+    run(flags(base_model=sampling, freeze_LLM=freeze, max_steps=2, eval_steps=2, save_steps=2), caplog)
+    final = tmp_path / "run" / "final_checkpoint"
+    found = json.loads((final / "generation_config.json").read_text())
+    found = {name: value for name, value in found.items() if name != "transformers_version" and not name.startswith("_")}
+    own = AutoTokenizer.from_pretrained(final).eos_token_id
+    assert found == {"bos_token_id": 2, "eos_token_id": [5, 3, own], "pad_token_id": own}
+    model, ids = AutoModelForCausalLM.from_pretrained(final), torch.tensor([[8, 9, 7]])
+    written = model.generate(ids, max_new_tokens=3, do_sample=False, num_beams=1, eos_token_id=[])[0, 3:].tolist()
+    for place, token in enumerate(model.generate(ids, max_new_tokens=3)[0, 3:].tolist()):
+        assert token == written[place], "greedily"
 
 
 def test_training_from_scratch_starts_from_random_weights(flags, base, tmp_path, caplog):

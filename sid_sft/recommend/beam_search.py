@@ -391,6 +391,17 @@ def best(leaf: Tensor, score: Tensor, size: int) -> Found:
     return Found(leaf.gather(1, picked), score)
 
 
+def without(found: Found, excluded: Tensor, size: int) -> Found:
+    """The first `size` sequences that are not among `excluded` (B, H); leaf -1 and score 0 where there are no more.
+
+    leaf [[7, 3, 5]] without [[3]], size 2 -> leaf [[7, 5]].
+    """
+    gone = (found.leaf[:, :, None] == excluded[:, None]).any(2)
+    order = gone.int().sort(dim=1, stable=True)[1][:, :size]
+    leaf = found.leaf.masked_fill(gone, -1).gather(1, order)
+    return Found(leaf, found.score.gather(1, order).masked_fill(leaf < 0, 0.0))
+
+
 def best_tokens(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """log p (n, size) of the most likely tokens, and the tokens, from logits (n, V)."""
     log_p, token = logits.topk(size)

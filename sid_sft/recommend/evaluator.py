@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections import Counter
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ RECOMMENDING_TASKS = ("sid_sid", "title_sid")  # a history in, a SID out
 
 
 class Recommended(NamedTuple):
-    """sid (U, K): SID numbers, best first, -1 where there are no more; score (U, K): their log p."""
+    """sid (U, K): SID numbers, best first, -1 where there are no more; score (U, K): their log p, where there is a SID."""
 
     sid: np.ndarray
     score: np.ndarray
@@ -53,6 +54,9 @@ class Evaluator:
 
     Batches are cut from all rows before they are dealt to processes, so a row's numbers do not depend on how many
     processes there are. Every process must call, and every process gets the whole result.
+
+    exclude_history: the SIDs of a row's history are left out. A row whose history has H SIDs is searched with `num_beams` +
+    H beams, and only with rows of the same H, so its list depends on no other row and has `num_beams` SIDs, or all others.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Evaluator:
         num_beams: int = 10,
         batch_size: int = 32,
         cutoff_len: int = 512,
+        exclude_history: bool = False,
         model_name: str = "the model",
     ) -> None:
         from sid_sft.recommend.beam_search import common_template, score_sequences
@@ -83,8 +88,9 @@ class Evaluator:
         self.template = common_template(self.prompts)
         self.sids = [tuple(tokenizer.convert_tokens_to_ids(list(sid))) for sid in self.table.sids]
         self.sequences = score_sequences(self.sids, self.end_id)
-        by_length = np.argsort([len(prompt) for prompt in self.prompts], kind="stable")
-        self.batches = [by_length[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        histories = [row.history if exclude_history else () for row in rows]
+        self.excluded = [sorted({self.table.of_item[place] for place in history}) for history in histories]
+        self.batches = batches_of([*zip(map(len, self.excluded), map(len, self.prompts), strict=True)], batch_size)
         self.make_decoder: Callable[[PreTrainedModel], Decoder] | None = None  # what serves the model, once it is tried
 
     def recommend(
@@ -93,7 +99,7 @@ class Evaluator:
         """The best SIDs for every row. before_batch: called as often on every process, and may raise to stop them all."""
         import torch
 
-        from sid_sft.recommend.beam_search import build_trie, search
+        from sid_sft.recommend.beam_search import build_trie, search, without
 
         trie = build_trie(self.sequences, model.device)
         width = min(self.num_beams, len(self.sequences))
@@ -105,8 +111,11 @@ class Evaluator:
                 before_batch()
                 if not len(batch) or not can_rank(score):
                     continue  # to where the processes meet: what cannot be ranked is refused there, by all of them
-                found = search(decoder, trie, [self.prompts[i] for i in batch], self.num_beams)
-                sid[batch], score[batch] = found.leaf, found.score.double()
+                excluded = torch.tensor([self.excluded[i] for i in batch], dtype=torch.int64, device=model.device)
+                found = search(decoder, trie, [self.prompts[i] for i in batch], self.num_beams + excluded.shape[1])
+                if excluded.shape[1] and can_rank(found.score):
+                    found = without(found, excluded, width)
+                sid[batch], score[batch] = found.leaf[:, :width], found.score[:, :width].double()
         sum_over_processes(sid, score)  # a row is zero everywhere but where it was computed
         if not can_rank(score):
             raise InputError(not_finite(self.model_name, model))
@@ -190,6 +199,13 @@ class Evaluator:
         from sid_sft.recommend.beam_search import SharedPromptDecoder
 
         return SharedPromptDecoder(model, self.template)
+
+
+def batches_of(keys: list[tuple[int, int]], batch_size: int) -> list[np.ndarray]:
+    """The rows sorted by (what a batch must agree in, length) and cut: [(0, 9), (1, 3), (0, 5)] with 2 -> [2, 0] and [1]."""
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    alike = [list(rows) for _, rows in groupby(order, key=lambda row: keys[row][0])]
+    return [np.array(rows[i : i + batch_size]) for rows in alike for i in range(0, len(rows), batch_size)]
 
 
 def can_rank(score: torch.Tensor) -> bool:
