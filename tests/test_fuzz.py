@@ -200,14 +200,18 @@ def test_the_rows_that_are_changed_below_are_right(folder, catalogue):
     assert reads(lambda path: list(read_rows(path, catalogue)), csv_bytes(RIGHT_ROWS), folder / "right.csv")
 
 
-@fuzz(odd_csv(), st.sampled_from([0.2, 1.0]))
-def test_a_csv_is_read_or_refused(folder, catalogue, content, max_left_out):
+def rows_are_read(content: bytes, path: Path, catalogue: Catalogue, max_left_out: float) -> bool:
     def read(path):
         for row in read_rows(path, catalogue, max_left_out=max_left_out):
             row.user.encode()
             assert {row.item, *row.history} <= set(range(len(catalogue.items)))
 
-    reads(read, content, folder / "odd.csv")
+    return reads(read, content, path)
+
+
+@fuzz(odd_csv(), st.sampled_from([0.2, 1.0]))
+def test_a_csv_is_read_or_refused(folder, catalogue, content, max_left_out):
+    rows_are_read(content, folder / "odd.csv", catalogue, max_left_out)
 
 
 @fuzz(odd_cell(), st.sampled_from([column for column in CSV_COLUMNS if column.startswith("history")]))
@@ -327,19 +331,28 @@ PARQUET_TYPES = {
 }
 
 
-@st.composite
-def odd_parquet(draw) -> bytes:
-    """Columns of any type, lists of them, lists of lists, and the bytes of such a file with changes."""
-    columns = {}
-    for name in draw(st.lists(st.sampled_from(["user_id", *HISTORY_COLUMNS, "other"]), min_size=1, max_size=3, unique=True)):
-        kind, values = PARQUET_TYPES[draw(st.sampled_from([*PARQUET_TYPES]))]
-        cells = st.sampled_from(values)
-        for _ in range(draw(st.integers(0, 2))):
-            kind, cells = pa.list_(kind), st.one_of(st.none(), st.lists(cells, max_size=3))
-        columns[name] = pa.array([draw(cells) for _ in range(3)], kind)
+def parquet_bytes(columns: dict) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
-    return draw(mutated_bytes(buffer.getvalue())) if draw(st.booleans()) else buffer.getvalue()
+    return buffer.getvalue()
+
+
+@st.composite
+def odd_column(draw) -> pa.Array:
+    """Three cells of any type, lists of them or lists of lists."""
+    kind, values = PARQUET_TYPES[draw(st.sampled_from([*PARQUET_TYPES]))]
+    cells = st.sampled_from(values)
+    for _ in range(draw(st.integers(0, 2))):
+        kind, cells = pa.list_(kind), st.one_of(st.none(), st.lists(cells, max_size=3))
+    return pa.array([draw(cells) for _ in range(3)], kind)
+
+
+@st.composite
+def odd_parquet(draw) -> bytes:
+    """Columns of any type, and the bytes of such a file with changes."""
+    names = draw(st.lists(st.sampled_from(["user_id", *HISTORY_COLUMNS, "other"]), min_size=1, max_size=3, unique=True))
+    content = parquet_bytes({name: draw(odd_column()) for name in names})
+    return draw(mutated_bytes(content)) if draw(st.booleans()) else content
 
 
 def test_the_histories_that_are_changed_below_are_right(folder, catalogue):
@@ -363,6 +376,41 @@ def test_histories_in_a_csv_are_read_or_refused(folder, catalogue, content):
 @fuzz(odd_parquet())
 def test_histories_in_parquet_are_read_or_refused(folder, catalogue, content):
     histories_are_read(content, folder / "odd.parquet", catalogue)
+
+
+# ---------------------------------------------------------------------------------------------- rows in Parquet
+
+RIGHT_COLUMNS = [
+    {"user_id": ["ann", "bob", "ann"], "history_item_id": [[0, 1], [4], [1]], "item_id": [2, 0, 3]},
+    {"user_id": [1, 2, 3], "item_ids": [["0", "1"], ["4", "0", "2"], []], "timestamps": [[1, 2], [3, 1, 2], []]},
+    {"user_id": [1, 2, 3], "item_ids": [[0, 1], [4, 0, 2], [1, 2]], "targets": [1, None, 9]},
+]
+for right in RIGHT_COLUMNS[:1]:
+    sids = [["".join(toy.SIDS[str(item)]) for item in items] for items in right["history_item_id"]]
+    right |= {"history_item_sid": sids, "item_sid": ["".join(toy.SIDS[str(item)]) for item in right["item_id"]]}
+
+
+@st.composite
+def odd_interactions(draw) -> bytes:
+    """Right columns of which some are odd or missing, or the bytes of right ones with changes."""
+    columns = dict(draw(st.sampled_from(RIGHT_COLUMNS)))
+    if draw(st.integers(0, 3)) == 0:
+        return draw(mutated_bytes(parquet_bytes(columns)))
+    for name in draw(st.lists(st.sampled_from([*columns]), min_size=1, max_size=2, unique=True)):
+        columns[name] = draw(odd_column())
+    if draw(st.integers(0, 9)) == 0:
+        del columns[draw(st.sampled_from([*columns]))]
+    return parquet_bytes(columns)
+
+
+@pytest.mark.parametrize("columns", RIGHT_COLUMNS, ids=lambda columns: ", ".join(columns))
+def test_the_columns_that_are_changed_below_are_right(folder, catalogue, columns):
+    assert rows_are_read(parquet_bytes(columns), folder / "right.parquet", catalogue, 0.0)
+
+
+@fuzz(odd_interactions(), st.sampled_from([0.2, 1.0]))
+def test_rows_in_parquet_are_read_or_refused(folder, catalogue, content, max_left_out):
+    rows_are_read(content, folder / "odd.parquet", catalogue, max_left_out)
 
 
 # ---------------------------------------------------------------------------------------------- rows files

@@ -19,16 +19,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sid_sft.catalogue import Catalogue, title_text, unescaped
 from sid_sft.cells import ItemIds, read_list
-from sid_sft.files import InputError, cut, error_text, json_value, read_lines, shown
+from sid_sft.files import InputError, json_value, read_lines, shown
 from sid_sft.interactions import LONGEST_CELL, MAX_LEFT_OUT, LeftOut, Row, read_csv
+from sid_sft.parquet_rows import parquet_records
 from sid_sft.recommend.named_items import places_of_sids
-
-if TYPE_CHECKING:
-    import pyarrow.parquet
 
 logger = logging.getLogger("sft.histories")
 
@@ -37,8 +35,6 @@ USER_COLUMN = "user_id"
 EXPECTED = f"{USER_COLUMN}, if users have ids, and {' or '.join(HISTORY_COLUMNS)}"
 MOST_ENTRIES = 100_000  # of a history
 NAMED = 3  # unknown items that a line names
-PARQUET_ROWS = 256  # read at a time: a column whose rows are all one long text takes little room until it is read
-MOST_UNPACKED, ALWAYS_UNPACKED = 40, 2**26  # bytes of a Parquet column for each byte of its file; 64 MiB are no harm
 
 
 class Histories(NamedTuple):
@@ -245,35 +241,18 @@ def json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, fields
 
 
-def parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
+def parquet_histories(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    def choose(path: Path, header: list[str]) -> list[str]:
+        check_header(path, header)
+        first = next(name for name in HISTORY_COLUMNS if name in header)
+        return [name for name in (USER_COLUMN, first) if name in header]
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            header = [str(name) for name in file.schema_arrow.names]
-            check_header(path, header)
-            first = next(name for name in HISTORY_COLUMNS if name in header)
-            columns = [name for name in (USER_COLUMN, first) if name in header]
-            check_unpacked(path, file.metadata, columns)
-            number = 0
-            for batch in file.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield number, fields
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read as Parquet ({cut(error_text(error), 100)})") from None
+    return parquet_records(path, choose)
 
 
-def check_unpacked(path: Path, metadata: pyarrow.parquet.FileMetaData, columns: list[str]) -> None:
-    """InputError where columns unpack to more than any histories would: a few megabytes may hold as many gigabytes."""
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    parts = (group.column(i) for group in groups for i in range(group.num_columns))
-    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] in columns)
-    if size > max(MOST_UNPACKED * path.stat().st_size, ALWAYS_UNPACKED):
-        raise InputError(f"{path}: unpacks to {size:,} bytes, more than {MOST_UNPACKED} times its size; write it anew")
-
-
-READERS = {".csv": csv_records, ".parquet": parquet_records, ".jsonl": json_records, ".json": json_records}
+READERS = {
+    ".csv": csv_records,
+    ".parquet": parquet_histories,
+    ".jsonl": json_records,
+    ".json": json_records,
+}
