@@ -21,7 +21,7 @@ from rq.index_file import Sid, check_codes, read_sids
 from rq.measures import Report, describe, full_depth, refitted_errors
 from rq.publishing import MEASURED_ITEMS
 from rq.reading import tree
-from rq.suitability import first_codes, next_item, read_rows, split_rows
+from rq.suitability import Bought, first_codes, next_item, read_rows, split_rows
 from rq.verdict import verdict
 
 if TYPE_CHECKING:
@@ -53,15 +53,19 @@ def add_errors(report: Report, index: dict[int, Sid], embeddings: "Embeddings", 
     report.own = [error / float(x_RD.var(axis=0).mean() or 1) for error in report.own_mse]
 
 
-def add_suitability(report: Report, index: dict[int, Sid], flags: argparse.Namespace) -> None:
-    """How the rows of --train_file go with the SIDs of a report's index."""
+def bought_in(flags: argparse.Namespace, indexes: list[dict[int, Sid]]) -> dict[int, tuple[list[Bought], list[Bought]]]:
+    """{number of items: rows to count in, rows held out}: each file is read once for all indexes of one size."""
+    found = {}
+    for n_items in sorted({len(index) for index in indexes}):
+        train = read_rows(flags.train_file, n_items=n_items)
+        found[n_items] = (train, read_rows(flags.eval_file, n_items=n_items)) if flags.eval_file else split_rows(train)
+    return found
+
+
+def add_suitability(report: Report, index: dict[int, Sid], train: list[Bought], held_out: list[Bought]) -> None:
+    """How what is bought next goes with the SIDs of a report's index."""
     check_ids([str(item) for item in index], where=report.name)
-    train = read_rows(flags.train_file, n_items=len(index))
     report.next_item = next_item(index, train, min(full_depth(index), 3))
-    if flags.eval_file:
-        held_out = read_rows(flags.eval_file, n_items=len(index))
-    else:
-        train, held_out = split_rows(train)
     report.first_codes = first_codes(index, train, held_out)
 
 
@@ -310,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     from rq.embeddings import open_embeddings
 
     indexes = [read_sids(path) for path in flags.index]
+    bought = bought_in(flags, indexes) if flags.train_file else {}
     reports = []
     for name, index, checkpoint in zip(short_names(flags.index), indexes, checkpoints, strict=True):
         sizes = flags.levels
@@ -322,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
             embeddings = open_embeddings(flags.data_path, n_items=len(index), items_from=Path(name))
             add_errors(report, index, embeddings, checkpoint)
         if flags.train_file:
-            add_suitability(report, index, flags)
+            add_suitability(report, index, *bought[len(index)])
         reports.append(report)
     text = table(reports)
     if flags.train_file:
