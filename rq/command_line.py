@@ -13,6 +13,7 @@ import codecs
 import contextlib
 import difflib
 import functools
+import inspect
 import logging
 import math
 import os
@@ -191,22 +192,40 @@ OUTPUT_FLAGS = ("output", "codes_output", "ckpt_path")
 CHECKPOINT_FILES = ("model.safetensors", "config.json")  # the folder --ckpt_path
 
 
+TELL_FLAGS: list[str] = []  # in place of arguments, by identity: a command then tells its flags and does no more
+
+
+class FlagsTold(Exception):
+    """What a command answers to TELL_FLAGS; its argument is {"--k_core": {"type": .., "help": ".."}, ..}."""
+
+
+def flags_of(main: Callable[..., None]) -> dict[str, dict[str, Any]]:
+    """The flags of a command as its `main` adds them to its parser, without the dashes: {"k_core": {"help": ".."}, ..}."""
+    try:
+        inspect.unwrap(main)(TELL_FLAGS)
+    except FlagsTold as told_by:
+        return {name.removeprefix("--"): options for name, options in told_by.args[0].items()}
+    raise AssertionError(f"{main} parses no arguments")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the flag that was probably meant."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self.flags: list[str] = []
+        self.flags: dict[str, dict[str, Any]] = {}
         super().__init__(*args, **options)
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
-        """As in argparse; the flag is remembered for `parse_args`."""
-        self.flags += [name for name in names if name.startswith("--")]
+        """As in argparse; the flag is remembered for `parse_args` and `flags_of`."""
+        self.flags |= {name: options for name in names if name.startswith("--")}
         return super().add_argument(*names, **options)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse; an unknown flag is named before a missing one, of which it may be a misspelling."""
+        if args is TELL_FLAGS:
+            raise FlagsTold(self.flags)
         args = sys.argv[1:] if args is None else args
         for flag in (argument.split("=")[0] for argument in args if argument.startswith("--")):
             if flag not in self.flags:

@@ -66,8 +66,11 @@ def finish(quantizer: "Quantizer", embeddings: "Embeddings", flags: argparse.Nam
     )
     if flags.ckpt_path:
         checkpoints.save_checkpoint(quantizer, flags.ckpt_path)
-        log.info("wrote %s: the quantizer, for rq.generate_indices --append", flags.ckpt_path)
-    publish(codes_NL, flags, quantizer=quantizer, embeddings=embeddings)
+        log.info("wrote %s: the quantizer, for rq.generate_indices", flags.ckpt_path)
+    if flags.output:
+        publish(codes_NL, flags, quantizer=quantizer, embeddings=embeddings)
+    else:
+        save_codes(codes_NL, flags.codes_output)
 
 
 def append(flags: argparse.Namespace, *, quantizer: "Quantizer", embeddings: "Embeddings") -> None:
@@ -228,6 +231,8 @@ def open_data(flags: argparse.Namespace) -> "Embeddings":
     """The embeddings at --data_path, as many rows as --item_file has items where it is given."""
     from rq.embeddings import open_embeddings
 
+    if not (flags.output or flags.ckpt_path):
+        raise InputError("nothing would be kept: give --output X.index.json for the index, --ckpt_path for the quantizer")
     if not flags.item_file:
         return open_embeddings(flags.data_path)
     items = read_items(flags.item_file)

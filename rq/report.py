@@ -2,142 +2,35 @@
 are like, side by side: a table, and a picture with --output.
 
 Works on any index, also one made elsewhere. With --data_path it adds how well the codes tell the embeddings apart; with
---ckpt_path also the quantizer's own reconstruction error.
+--ckpt_path also the quantizer's own reconstruction error; with --train_file how well they suit recommendation, and which
+index to train; with --item_file and --tree the words and titles of the codes.
 N items, L levels, K codes of a level, D dimensions.
 """
 
 import argparse
 import string
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rq import command_line
+from rq.catalogue import check_ids, plain, read_items
 from rq.command_line import log
 from rq.files import InputError, one_line, whole_file, whole_path
 from rq.index_file import Sid, check_codes, read_sids
+from rq.measures import Report, describe, full_depth, refitted_errors
 from rq.publishing import MEASURED_ITEMS
+from rq.reading import tree
+from rq.suitability import Bought, first_codes, next_item, read_rows, split_rows
+from rq.verdict import verdict
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
 
     from rq.embeddings import Embeddings
 
 PICTURE_DPI = 130
 LETTERS = string.ascii_lowercase
-
-
-@dataclass
-class Level:
-    """The use of one level's codes."""
-
-    size: int
-    items: int
-    uses_K: "np.ndarray"  # times each code that is used at all is used, most used first
-    used: int
-    perplexity: float
-    gini: float
-
-
-@dataclass
-class Report:
-    """Everything the table and the picture show of one index."""
-
-    name: str
-    n_items: int
-    n_distinct: int
-    shared: int
-    largest_group: int
-    shared_before: int  # items that would share without the extra token some items have
-    levels: list[Level]
-    refitted: list[float] = field(
-        default_factory=list
-    )  # share of variance left after each level, best codewords for these codes
-    own: list[float] = field(default_factory=list)  # the same by the quantizer's codewords and decoder
-    own_mse: list[float] = field(default_factory=list)
-
-    @property
-    def collision_rate(self) -> float:
-        """(items - distinct SIDs) / items, as in the field's papers."""
-        return 1 - self.n_distinct / self.n_items
-
-
-def perplexity(uses_K: "np.ndarray") -> float:
-    """exp of the entropy of code use: as many equally used codes would be as hard to guess. [2, 2, 0] -> 2.0."""
-    import numpy as np
-
-    share_K = uses_K[uses_K > 0] / uses_K.sum()
-    return float(np.exp(-(share_K * np.log(share_K)).sum()))
-
-
-def gini(uses_K: "np.ndarray", size: int | None = None) -> float:
-    """Inequality of code use, dead codes included: 0 when all are used alike, (K - 1) / K when one has everything.
-
-    `size` is that of the codebook where `uses_K` leaves dead codes out.
-    """
-    import numpy as np
-
-    ascending_K = np.sort(uses_K)
-    size = size or len(ascending_K)
-    rank_K = np.arange(size - len(ascending_K) + 1, size + 1, dtype=np.float64)
-    return float((2 * rank_K - size - 1) @ ascending_K / (float(size) * ascending_K.sum()))
-
-
-def level_use(codes_N: "np.ndarray", size: int | None) -> Level:
-    """The use of a level by the items that have it; without a
-    known size, the codebook is taken to end at the largest code.
-    """
-    import numpy as np
-
-    size = size or int(codes_N.max()) + 1
-    uses_K = np.sort(np.unique(codes_N, return_counts=True)[1])[::-1]
-    return Level(size, len(codes_N), uses_K, len(uses_K), perplexity(uses_K), gini(uses_K, size))
-
-
-def describe(name: str, index: dict[int, Sid], *, sizes: tuple[int, ...] | None) -> Report:
-    """The report of an index, reconstruction aside."""
-    import numpy as np
-
-    groups = Counter(index.values())
-    before = Counter(codes[: full_depth(index)] for codes in index.values())
-    levels = []
-    for depth in range(max(map(len, index.values()))):
-        codes_N = np.array([codes[depth] for codes in index.values() if len(codes) > depth])
-        size = sizes[depth] if sizes and depth < len(sizes) else None
-        if size and codes_N.max() >= size:
-            raise InputError(
-                f"{name}: code {codes_N.max()} at level {depth + 1}, whose codebook holds 0..{size - 1}; "
-                "give its own --levels"
-            )
-        levels.append(level_use(codes_N, size))
-    shared, shared_before = (sum(n for n in counts.values() if n > 1) for counts in (groups, before))
-    return Report(name, len(index), len(groups), shared, max(groups.values()), shared_before, levels)
-
-
-def full_depth(index: dict[int, Sid]) -> int:
-    """How many levels every item has: 3 where some SIDs have a fourth, collision-breaking token."""
-    return min(map(len, index.values()))
-
-
-def refitted_errors(x_ND: "np.ndarray", codes_NL: "np.ndarray") -> list[float]:
-    """Share of the variance of `x_ND` left after each level when each code stands for the mean residual of its items.
-
-    Needs no codebook, so indexes of any origin compare on the same embeddings.
-    """
-    import numpy as np
-
-    residual_ND = x_ND - x_ND.mean(axis=0)
-    variance, errors = float(np.square(residual_ND).sum(dtype=np.float64)), []
-    for codes_N in codes_NL.T:
-        _, code_N = np.unique(codes_N, return_inverse=True)
-        sums_KD = np.zeros((code_N.max() + 1, x_ND.shape[1]), np.float64)
-        np.add.at(sums_KD, code_N, residual_ND)
-        residual_ND = residual_ND - (sums_KD / np.bincount(code_N)[:, None]).astype(np.float32)[code_N]
-        errors.append(float(np.square(residual_ND).sum(dtype=np.float64)) / variance if variance else 0.0)
-    return errors
 
 
 def add_errors(report: Report, index: dict[int, Sid], embeddings: "Embeddings", checkpoint: Path | None) -> None:
@@ -158,6 +51,33 @@ def add_errors(report: Report, index: dict[int, Sid], embeddings: "Embeddings", 
     check_codes(codes_NL, quantizer.design.levels, where=report.name)
     report.own_mse = quantizers.squared_error(quantizer, x_RD, codes_NL[measured])
     report.own = [error / float(x_RD.var(axis=0).mean() or 1) for error in report.own_mse]
+
+
+def bought_in(flags: argparse.Namespace, indexes: list[dict[int, Sid]]) -> dict[int, tuple[list[Bought], list[Bought]]]:
+    """{number of items: rows to count in, rows held out}: each file is read once for all indexes of one size."""
+    found = {}
+    for n_items in sorted({len(index) for index in indexes}):
+        train = read_rows(flags.train_file, n_items=n_items)
+        found[n_items] = (train, read_rows(flags.eval_file, n_items=n_items)) if flags.eval_file else split_rows(train)
+    return found
+
+
+def add_suitability(report: Report, index: dict[int, Sid], train: list[Bought], held_out: list[Bought]) -> None:
+    """How what is bought next goes with the SIDs of a report's index."""
+    check_ids([str(item) for item in index], where=report.name)
+    report.next_item = next_item(index, train, min(full_depth(index), 3))
+    report.first_codes = first_codes(index, train, held_out)
+
+
+def write_trees(flags: argparse.Namespace, reports: list[Report], indexes: list[dict[int, Sid]], titles: list[str]) -> None:
+    """--tree: one index after the other."""
+    for report, index in zip(reports, indexes, strict=True):
+        if list(index) != list(range(len(titles))):
+            raise InputError(f"{report.name}: its items are not the {len(titles):,} of {flags.item_file}; give its own")
+    with whole_file(flags.tree) as file:
+        for report, index in zip(reports, indexes, strict=True):
+            file.write(f"{report.name}: {report.n_items:,} items\n\n{tree(index, titles, most_codes=flags.tree_codes)}\n\n")
+    log.info("wrote %s", flags.tree)
 
 
 def table(reports: list[Report]) -> str:
@@ -189,6 +109,18 @@ def table(reports: list[Report]) -> str:
         for at in range(max(len(getattr(r, attribute)) for r in reports)):
             values = [getattr(r, attribute) for r in reports]
             rows.append((label.format(at + 1), [form.format(v[at]) if at < len(v) else "" for v in values]))
+    for at in range(max(len(r.next_item) for r in reports)):
+        shared = [r.next_item[at] if at < len(r.next_item) else None for r in reports]
+        codes = LETTERS[: at + 1]
+        rows += [
+            (f"next item shares {codes} with the history", [f"{n.shared:.1%}" if n else "" for n in shared]),
+            (f"next item shares {codes}: by chance", [f"{n.chance:.1%}" if n else "" for n in shared]),
+            (f"next item shares {codes}: lift", [f"{n.lift:.1f}" if n else "" for n in shared]),
+        ]
+    if any(r.first_codes is not None for r in reports):
+        rows.append(
+            ("HR@10 by first codes alone", ["" if r.first_codes is None else f"{r.first_codes:.4f}" for r in reports])
+        )
     head = ["", *[r.name for r in reports]]
     body = [head, *[[label, *cells] for label, cells in rows]]
     widths = [max(len(line[column]) for line in body) for column in range(len(head))]
@@ -211,6 +143,7 @@ def draw(reports: list[Report], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     depth = max(len(report.levels) for report in reports)
     colours = plt.get_cmap("tab10").colors
@@ -223,14 +156,19 @@ def draw(reports: list[Report], path: Path) -> None:
                 uses_K = report.levels[at].uses_K
                 axes.step(np.arange(1, len(uses_K) + 1), uses_K, where="mid", color=colours[number % 10], label=report.name)
         axes.set(title=f"level {LETTERS[at]}", xlabel="code, most used first", yscale="log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))  # its own is markup, which is off
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
     top.axes[0].set_ylabel("items per code")
     handles = [Line2D([], [], color=colours[i % 10], lw=3, label=report.name) for i, report in enumerate(reports)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(reports), 6), frameon=False)
-    groups, evenness, errors = bottom.subplots(1, 3)
+    bought = any(report.next_item for report in reports)
+    groups, evenness, errors, *lifts = bottom.subplots(1, 4 if bought else 3)
     _draw_groups(groups, reports, colours)
     _draw_perplexity(evenness, reports, colours)
     _draw_errors(errors, reports, colours)
+    for axes in lifts:
+        _draw_next_item(axes, reports, colours)
     with whole_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=PICTURE_DPI)
     plt.close(figure)
@@ -305,6 +243,20 @@ def _draw_errors(axes: "Axes", reports: list[Report], colours: Sequence) -> None
         axes.annotate("give --data_path to see it", (0.5, 0.5), xycoords="axes fraction", ha="center", color="grey")
 
 
+def _draw_next_item(axes: "Axes", reports: list[Report], colours: Sequence) -> None:
+    """How often the next item shares 1, 2, .. codes with the history; a black mark where chance would be."""
+    depth = max(len(report.next_item) for report in reports)
+    width = 0.8 / len(reports)
+    for number, report in enumerate(reports):
+        at = [level + (number - (len(reports) - 1) / 2) * width for level in range(len(report.next_item))]
+        axes.bar(at, [100 * n.shared for n in report.next_item], width * 0.92, color=colours[number % 10])
+        axes.hlines(
+            [100 * n.chance for n in report.next_item], [x - width / 2 for x in at], [x + width / 2 for x in at], "black"
+        )
+    axes.set_xticks(range(depth), [LETTERS[: level + 1] for level in range(depth)])
+    axes.set(title="next item shares codes with the history", ylabel="% of rows (black: by chance)", xlabel="codes shared")
+
+
 def short_names(paths: list[Path]) -> list[str]:
     """File names without `.index.json`; with their folder where two would read alike."""
     names = [one_line(path.name.removesuffix(".json").removesuffix(".index")) for path in paths]
@@ -317,7 +269,7 @@ def short_names(paths: list[Path]) -> list[str]:
 @command_line.command("report")
 def main(argv: list[str] | None = None) -> None:
     """Indexes -> a table on standard output and in --table, a picture in --output."""
-    parser = command_line.parser("report", __doc__, shared=("data_path", "output", "overwrite"))
+    parser = command_line.parser("report", __doc__, shared=("item_file", "data_path", "output", "overwrite"))
     parser.add_argument("index", nargs="+", type=command_line.existing, metavar="X.index.json")
     parser.add_argument(
         "--levels",
@@ -333,13 +285,36 @@ def main(argv: list[str] | None = None) -> None:
         help="the quantizer of each index, in the same order; - for none",
     )
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="also write the table to a file")
+    parser.add_argument(
+        "--train_file", type=command_line.existing, metavar="X.train.csv", help="who bought what next, to tell what to train"
+    )
+    parser.add_argument(
+        "--eval_file",
+        type=command_line.existing,
+        metavar="X.valid.csv",
+        help="rows held out (the last tenth of --train_file)",
+    )
+    parser.add_argument(
+        "--tree", type=Path, metavar="FILE.txt", help="write the codes with their words and titles to a file"
+    )
+    parser.add_argument(
+        "--tree_codes",
+        type=command_line.at_least(1),
+        default=20,
+        help="how many first codes --tree shows, largest first (20)",
+    )
     flags = parser.parse_args(argv)
     checkpoints = read_checkpoint_flags(flags)
-    command_line.refuse_to_overwrite(flags, outputs=("output", "table"))
+    command_line.refuse_to_overwrite(flags, outputs=("output", "table", "tree"))
+    if flags.tree and not flags.item_file:
+        raise InputError("--tree: give --item_file too, titles come from there")
+    if flags.eval_file and not flags.train_file:
+        raise InputError("--eval_file: give --train_file too, what is bought next is learned there")
 
     from rq.embeddings import open_embeddings
 
     indexes = [read_sids(path) for path in flags.index]
+    bought = bought_in(flags, indexes) if flags.train_file else {}
     reports = []
     for name, index, checkpoint in zip(short_names(flags.index), indexes, checkpoints, strict=True):
         sizes = flags.levels
@@ -351,12 +326,19 @@ def main(argv: list[str] | None = None) -> None:
         if flags.data_path:
             embeddings = open_embeddings(flags.data_path, n_items=len(index), items_from=Path(name))
             add_errors(report, index, embeddings, checkpoint)
+        if flags.train_file:
+            add_suitability(report, index, *bought[len(index)])
         reports.append(report)
     text = table(reports)
+    if flags.train_file:
+        text += "\n\n" + "\n".join(verdict(reports))
     command_line.show(text)
     if flags.table:
         with whole_file(flags.table) as file:
             file.write(text + "\n")
+    if flags.tree:
+        titles = [plain(item.get("title")) for item in read_items(flags.item_file)]
+        write_trees(flags, reports, indexes, titles)
     if flags.output:
         draw(reports, flags.output)
         log.info("wrote %s", flags.output)

@@ -43,7 +43,7 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
 @command_line.command("rqfaiss")
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> faiss's residual codebooks -> index."""
-    parser = command_line.parser("rqfaiss", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output"))
+    parser = command_line.parser("rqfaiss", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path",))
     parser.add_argument(
         "--beam",
         type=command_line.at_least(1, most=command_line.MOST_BEAMS),

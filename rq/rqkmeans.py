@@ -36,7 +36,7 @@ def fit(
 @command_line.command("rqkmeans")
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> codebooks -> index."""
-    parser = command_line.parser("rqkmeans", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output"))
+    parser = command_line.parser("rqkmeans", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path",))
     parser.add_argument("--rounds", type=command_line.at_least(1), default=25, help="k-means iterations a level (25)")
     flags = parser.parse_args(argv)
     command_line.single_process("rqkmeans")

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         "rqkmeans_constrained",
         __doc__,
         shared=command_line.QUANTIZER_FLAGS,
-        required=("data_path", "output"),
+        required=("data_path",),
     )
     add_balance_flags(parser)
     flags = parser.parse_args(argv)

@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     """Embeddings -> balanced codebooks -> trained further -> index;
     several GPUs with `accelerate launch -m rq.rqkmeans_plus ..`.
     """
-    parser = command_line.parser(
-        "rqkmeans_plus", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output")
-    )
+    parser = command_line.parser("rqkmeans_plus", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path",))
     training_flags.add(parser, hidden=(512,), learning_rate=5e-4, epochs=200)
     rqkmeans_constrained.add_balance_flags(parser)
     flags = parser.parse_args(argv)

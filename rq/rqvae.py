@@ -12,7 +12,7 @@ from rq.files import InputError
 @command_line.command("rqvae")
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> trained autoencoder -> index; several GPUs with `accelerate launch -m rq.rqvae ..`."""
-    parser = command_line.parser("rqvae", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path", "output"))
+    parser = command_line.parser("rqvae", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path",))
     training_flags.add(parser, hidden=(512,), learning_rate=2e-3, epochs=200)
     parser.add_argument(
         "--latent",

@@ -17,6 +17,7 @@ from rq.catalogue import TEXT_FIELDS, item_text, read_items
 from rq.command_line import log
 from rq.files import InputError, check_output, one_line, read_json, reserve, shown, told, whole_path
 from rq.origin import Origin, record_file, sha256_of, sha256_of_weights, write_record
+from rq.sentence_encoder import own_settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 MOST_NAMED = 200  # characters of the encoder's name in a message, which may be a path
 # What transformers raises on the files of an encoder that are not as it expects them.
 BROKEN_ENCODER = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
+USUAL_LENGTH = 512  # tokens, where neither a flag nor the encoder says another
 ROWS_AT_ONCE = 8_192  # texts tokenized, sorted by length and embedded together
 VOCABULARY, WEIGHTS = "vocabulary.json", "tfidf.safetensors"
 
@@ -127,21 +129,8 @@ def pool(hidden_BTD: "torch.Tensor", mask_BT: "torch.Tensor", pooling: str) -> "
     return hidden_BTD[rows, mask_BT.argmax(1)]
 
 
-def choose_pooling(encoder: str, config: object) -> str:
-    """What the encoder's own sentence-transformers file says; else last for causal models, mean for the others."""
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(encoder, "1_Pooling/config.json")
-    except OSError:  # an encoder without this file, or without a connection to look for it
-        found = None
-    if found:
-        modes = read_json(Path(found), expected="the settings of sentence-transformers, or --pooling")
-        if not isinstance(modes, dict):
-            raise InputError(f"{found}: holds {shown(modes)}; expected the settings of sentence-transformers, or --pooling")
-        for mode, pooling in (("lasttoken", "last"), ("cls_token", "first"), ("mean_tokens", "mean")):
-            if modes.get(f"pooling_mode_{mode}"):
-                return pooling
+def usual_pooling(config: object) -> str:
+    """What suits a model that says nothing of sentences: last for causal models, mean for the others."""
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or ())
     return "last" if causal or getattr(config, "is_decoder", False) else "mean"
 
@@ -149,7 +138,9 @@ def choose_pooling(encoder: str, config: object) -> str:
 class HuggingFaceEncoder:
     """A tokenizer and a model that turn texts into rows."""
 
-    def __init__(self, name: str, *, pooling: str, max_len: int, batch_size: int, device: str) -> None:
+    def __init__(
+        self, name: str, *, pooling: str, max_len: int | None, normalize: bool | None, batch_size: int, device: str
+    ) -> None:
         import torch
         from safetensors import SafetensorError
         from transformers import AutoModel, AutoTokenizer
@@ -169,7 +160,12 @@ class HuggingFaceEncoder:
         config = model.config
         self.model = (model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model).to(device).eval()
         self.n_dims = config.hidden_size
-        self.pooling = choose_pooling(name, config) if pooling == "auto" else pooling
+        own = own_settings(name, pooling_asked=pooling == "auto")
+        if own.not_applied:
+            log.warning("%s: its %s is not applied; rows are as they are before it", name, ", ".join(own.not_applied))
+        self.pooling = (own.pooling or usual_pooling(config)) if pooling == "auto" else pooling
+        self.normalize = own.normalize if normalize is None else normalize
+        max_len = max_len or own.max_len or USUAL_LENGTH
         self.max_len = min(
             max_len, self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_len
         )
@@ -259,7 +255,7 @@ def write_tfidf(texts: Sequence[str], flags: argparse.Namespace) -> None:
             encoder_sha256=sha256_of([encoder / VOCABULARY, encoder / WEIGHTS]),
             pooling="",
             max_len=0,
-            normalize=flags.normalize,
+            normalize=bool(flags.normalize),
             fields=flags.fields,
         )
         write_record(flags.output, origin, texts, rows_ND)
@@ -276,14 +272,16 @@ def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
         flags.encoder,
         pooling=flags.pooling,
         max_len=flags.max_len,
+        normalize=flags.normalize,
         batch_size=flags.batch_size,
         device=str(state.device),
     )
     log.info(
-        "%s: %s pooling, up to %s tokens, %s processes",
+        "%s: %s pooling, up to %s tokens, rows %s, %s processes",
         flags.encoder,
         encoder.pooling,
         encoder.max_len,
+        "of length 1" if encoder.normalize else "as long as they are",
         state.num_processes,
     )
     with whole_path(flags.output) if state.is_main_process else contextlib.nullcontext() as written:
@@ -297,7 +295,7 @@ def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
         bounds = np.linspace(0, len(texts), state.num_processes + 1).astype(int).tolist()
         mine = slice(bounds[state.process_index], bounds[state.process_index + 1])
         truncated = embed_with_model(texts[mine], rows_ND[mine], encoder, progress=state.is_main_process)
-        if flags.normalize:
+        if encoder.normalize:
             normalise_rows(rows_ND[mine])
         rows_ND.flush()
         truncated = sum(gather_object([truncated]))
@@ -313,7 +311,7 @@ def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
                 encoder_sha256=sha256_of_weights(encoder.folder),
                 pooling=encoder.pooling,
                 max_len=encoder.max_len,
-                normalize=flags.normalize,
+                normalize=encoder.normalize,
                 fields=flags.fields,
             )
             write_record(flags.output, origin, texts, rows_ND)
@@ -344,16 +342,21 @@ def main(argv: list[str] | None = None) -> None:
         "--pooling",
         choices=("auto", "last", "mean", "first"),
         default="auto",
-        help="which hidden states make the row (auto: by the encoder)",
+        help="which hidden states make the row (auto: as the encoder's own files say, or by its kind)",
     )
     add(
         "--max_len",
         type=command_line.at_least(1),
-        default=512,
-        help="tokens of a text at most; longer ones are cut (512)",
+        help="tokens of a text at most; longer ones are cut (the encoder's own max_seq_length, or 512)",
     )
     add("--batch_size", type=command_line.at_least(1), default=32, help="texts of one forward pass, a process (32)")
-    add("--normalize", type=command_line.switch, nargs="?", const=True, default=False, help="scale rows to length 1")
+    add(
+        "--normalize",
+        type=command_line.switch,
+        nargs="?",
+        const=True,
+        help="scale rows to length 1 (where the encoder's own files say so)",
+    )
     flags = parser.parse_args(argv)
     flags.output = flags.output or default_output(flags.item_file, flags.encoder)
     if flags.output.suffix != ".npy":

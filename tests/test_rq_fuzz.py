@@ -31,6 +31,7 @@ from fuzzing import accepted, check_line, fuzz, mutated_bytes, mutated_json, mut
 from hypothesis import strategies as st
 
 from rq import (
+    build,
     checkpoints,
     generate_indices,
     generate_indices_plus,
@@ -47,6 +48,7 @@ from rq import (
     settings,
     text2emb,
 )
+from rq.build_record import BuildRecord
 from rq.catalogue import item_text, plain, read_items
 from rq.embeddings import open_embeddings
 from rq.files import InputError
@@ -54,6 +56,7 @@ from rq.formats import FIELD_NAMES
 from rq.markup import without_markup
 from rq.metadata import ITEM_FIELDS, OPTIONAL_FIELDS, catalogue
 from rq.origin import Origin, write_record
+from rq.sentence_encoder import own_settings
 from rq.sequences import read_interactions
 from rq.tables import read_table
 
@@ -508,16 +511,32 @@ def test_a_tfidf_encoder_is_read_or_refused(folder, words, which, data):
     accepted(read, InputError, writes_in=folder)
 
 
-@fuzz(mutated_json({"pooling_mode_lasttoken": False, "pooling_mode_mean_tokens": True}))
-def test_the_pooling_of_an_encoder_is_read_or_refused(folder, content):
+SENTENCE_FILES = {
+    "1_Pooling/config.json": {"pooling_mode_lasttoken": False, "pooling_mode_mean_tokens": True},
+    "modules.json": [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "1_Pooling"}],
+    "sentence_bert_config.json": {"max_seq_length": 256},
+}
+
+
+@fuzz(st.sampled_from(list(SENTENCE_FILES)), st.data())
+def test_the_settings_of_a_sentence_encoder_are_read_or_refused(folder, name, data):
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling/config.json").write_bytes(content)
-    accepted(lambda: text2emb.choose_pooling(str(folder), None), InputError, writes_in=folder)
+    for other, right in SENTENCE_FILES.items():
+        (folder / other).write_text(json.dumps(right))
+    (folder / name).write_bytes(data.draw(mutated_json(SENTENCE_FILES[name])))
+    accepted(lambda: own_settings(str(folder)), InputError, writes_in=folder)
+
+
+@fuzz(mutated_json({"steps": {"index": {"collisions": "keep"}}, "files": {"X.index.json": "51d2", "X.info.txt": None}}))
+def test_the_record_of_a_build_is_read_or_refused(folder, content):
+    (folder / "X.build.json").write_bytes(content)
+    accepted(lambda: BuildRecord(folder / "X.build.json"), InputError, writes_in=folder)
 
 
 # ---------------------------------------------------------------------------------------------- command lines
 
 COMMANDS = {
+    build: ["--interactions=i.csv", "--items=m.csv", "--output_dir=out", "--name=X", "--k_core=1", "--plan"],
     prepare: ["--interactions=i.csv", "--items=m.csv", "--output_dir=out", "--name=X", "--k_core=1"],
     text2emb: ["--item_file=X.item.json", "--output=new.npy", "--dim=2"],
     report: ["X.index.json", "--data_path=E.npy", "--table=t.md", "--levels=4,4"],

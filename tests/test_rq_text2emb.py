@@ -198,3 +198,71 @@ def test_an_encoder_with_broken_weights_is_one_line(item_file, tmp_path):
     told = refusal(text2emb.main, "--item_file", item_file, "--output", tmp_path / "E.npy", "--encoder", folder)
     assert re.match(r"rq\.text2emb: --encoder .*causal: ", told)
     assert not (tmp_path / "E.npy").exists()
+
+
+# ---------------------------------------------------------------------------------------------- sentence encoders
+
+
+def as_sentence_encoder(folder: Path, *, pooling: str = "cls_token", length: int = 3, last: str = "Normalize") -> Path:
+    """The files that sentence-transformers keeps, added to an encoder."""
+    kinds = ("Transformer", "Pooling", last)
+    modules = [
+        {"idx": i, "path": "1_Pooling" if kind == "Pooling" else "", "type": f"st.{kind}"} for i, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": length}))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(
+        json.dumps({"pooling_mode_max_tokens": False, f"pooling_mode_{pooling}": True})
+    )
+    return folder
+
+
+def origin_of(npy: Path) -> dict:
+    return json.loads(npy.with_suffix(".encoder.json").read_text())["origin"]
+
+
+def test_a_sentence_encoder_is_used_as_its_own_files_say(item_file, tmp_path):
+    folder = as_sentence_encoder(encoder_folder(tmp_path, causal=False))
+    own = embed(item_file, tmp_path / "own.npy", "--encoder", folder)
+    same = embed(item_file, tmp_path / "same.npy", "--encoder", folder, "--pooling", "first", "--max_len", 3, "--normalize")
+    np.testing.assert_array_equal(own, same)
+    np.testing.assert_allclose(np.linalg.norm(own[own.any(axis=1)], axis=1), 1, rtol=1e-5)
+    said = origin_of(tmp_path / "own.npy")
+    assert (said["pooling"], said["max_len"], said["normalize"]) == ("first", 3, True)
+
+
+def test_flags_win_over_what_a_sentence_encoder_says(item_file, tmp_path):
+    folder = as_sentence_encoder(encoder_folder(tmp_path, causal=False))
+    plain = ("--pooling", "mean", "--max_len", 32, "--normalize", "False")
+    embed(item_file, tmp_path / "flags.npy", "--encoder", folder, *plain)
+    said = origin_of(tmp_path / "flags.npy")
+    assert (said["pooling"], said["max_len"], said["normalize"]) == ("mean", 32, False)
+
+
+def test_an_encoder_that_says_nothing_keeps_the_lengths_of_its_rows(item_file, tmp_path):
+    rows = embed(item_file, tmp_path / "E.npy", "--encoder", encoder_folder(tmp_path, causal=False))
+    assert np.abs(np.linalg.norm(rows[0]) - 1) > 0.1
+    assert origin_of(tmp_path / "E.npy")["max_len"] == 32  # the positions that the model has
+
+
+def test_a_pooling_that_is_not_known_is_one_line(item_file, tmp_path):
+    folder = as_sentence_encoder(encoder_folder(tmp_path, causal=False), pooling="max_tokens")
+    told = refusal(text2emb.main, "--item_file", item_file, "--output", tmp_path / "E.npy", "--encoder", folder)
+    assert "1_Pooling/config.json asks for the pooling 'max_tokens'" in told
+    assert told.endswith("give --pooling")
+    assert not (tmp_path / "E.npy").exists()
+    embed(item_file, tmp_path / "E.npy", "--encoder", folder, "--pooling", "mean")
+
+
+def test_the_newer_form_of_a_pooling_is_read(item_file, tmp_path):
+    folder = as_sentence_encoder(encoder_folder(tmp_path, causal=False))
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": "lasttoken", "include_prompt": True}))
+    embed(item_file, tmp_path / "E.npy", "--encoder", folder)
+    assert origin_of(tmp_path / "E.npy")["pooling"] == "last"
+
+
+def test_a_module_that_is_left_out_is_named(item_file, tmp_path, capsys):
+    folder = as_sentence_encoder(encoder_folder(tmp_path, causal=False), last="Dense")
+    embed(item_file, tmp_path / "E.npy", "--encoder", folder)
+    assert "its Dense is not applied" in capsys.readouterr().err
