@@ -32,7 +32,8 @@ from rq import (
 from rq.build_record import BuildRecord, Step, content_hash
 from rq.catalogue import read_items
 from rq.command_line import log
-from rq.files import check_output
+from rq.files import InputError, check_output
+from rq.hub import hub_address
 from rq.origin import record_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +142,8 @@ def chain(flags: argparse.Namespace, steps: dict[str, Flags]) -> list[Step]:
 
     def made_of(step: str, **files: str) -> dict[str, str]:
         decided = {name: value for name, value in given(step).items() if step == "quantizer" or name not in NOT_DECIDING}
-        return decided | {name: content_hash(Path(file)) for name, file in files.items()}
+        places = {name: Path(file) for name, file in files.items()}
+        return decided | {name: hub_address(place) or content_hash(place) for name, place in places.items()}
 
     items, index, quantizer = path("item.json"), path("index.json"), path(flags.method)
     embeddings = text2emb.default_output(items, flags.encoder)
@@ -213,6 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     command_line.single_process("build")
     flags.name = flags.name or command_line.plain_name(flags.output_dir.resolve().name)
     flags.encoder = flags.encoder or "tfidf"
+    if flags.items is None:
+        raise InputError("--items is missing; SIDs are made of the items' titles and descriptions")
     steps = chain(flags, steps_flags)
     record = BuildRecord(flags.output_dir / f"{flags.name}.build.json")
     to_do = record.plan(steps, anew=flags.overwrite)

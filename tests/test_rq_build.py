@@ -216,6 +216,16 @@ def test_a_wrong_flag_is_refused_before_anything_is_made(arguments, flags, told)
     assert not shop(arguments).exists()
 
 
+def test_interactions_alone_give_no_titles_to_make_sids_of(arguments):
+    assert "--items is missing" in refusal(build.main, *arguments[:2], *arguments[4:])
+    assert not shop(arguments).exists()
+
+
+def test_a_dataset_of_the_hub_is_known_by_its_address(arguments, capsys):
+    hub = ["--interactions", "hf://datasets/ann/orders", *arguments[2:]]
+    assert plan(capsys, *hub)["prepare"] == "not made yet"
+
+
 def test_the_flags_of_a_method_go_to_it(arguments, capsys):
     quick = ("--method", "rqvae", "--epochs", "1", "--hidden", "8", "--latent", "4", "--batch_size", "8", "--levels", "4,4")
     build.main([*arguments, *quick])
