@@ -254,7 +254,7 @@ def _draw_next_item(axes: "Axes", reports: list[Report], colours: Sequence) -> N
             [100 * n.chance for n in report.next_item], [x - width / 2 for x in at], [x + width / 2 for x in at], "black"
         )
     axes.set_xticks(range(depth), [LETTERS[: level + 1] for level in range(depth)])
-    axes.set(title="next item shares codes with the history", ylabel="% of rows (black: by chance)", xlabel="codes shared")
+    axes.set(title="codes the next item shares", ylabel="% of rows (black: by chance)", xlabel="codes shared")
 
 
 def short_names(paths: list[Path]) -> list[str]:
