@@ -53,7 +53,9 @@ def filter_interactions(
     iterated to its fixed point. All items are known where `known_items` is None. Users and items are categories.
     """
     import numpy as np
+    import pyarrow
 
+    pyarrow.default_memory_pool().release_unused()  # where the texts of all rows were: as much as all that follows takes
     rows = table.rows
     column = Column(table.names["time"], rows.time, table.where)
     times = read_times(column, dayfirst=dayfirst)
