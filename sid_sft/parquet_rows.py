@@ -59,7 +59,7 @@ def parquet_rows(path: Path) -> Iterator[Written]:
 
 
 class Waiting:
-    """Sequences whose rows have an order of their own. They wait until all are read, in some 30 bytes for each item."""
+    """Sequences whose rows have an order of their own. They wait until all are read, in some 80 bytes for each item."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
