@@ -73,7 +73,7 @@ def flags_of_steps(method: str) -> dict[str, Flags]:
     """{step: its flags}, as its own command has them, without those that are filled in here."""
     preparing, indexing = command_line.flags_of(prepare.main), command_line.flags_of(generate_indices.main)
     steps = {
-        "prepare": {name: options for name, options in preparing.items() if name not in settings.OF_THE_CSVS},
+        "prepare": {name: options for name, options in preparing.items() if name not in settings.OF_THE_TRAINING_FILES},
         "text2emb": command_line.flags_of(text2emb.main),
         "quantizer": {n: options for n, options in command_line.flags_of(METHODS[method]).items() if n not in RESOLVING},
         "index": {name: indexing[name] for name in (*RESOLVING, "device")},
@@ -133,7 +133,7 @@ def chain(flags: argparse.Namespace, steps: dict[str, Flags]) -> list[Step]:
         return flags.output_dir / f"{flags.name}.{ending}"
 
     def given(step: str) -> dict[str, str]:
-        usual = {name: str(settings.DEFAULTS[name]) for name in settings.OF_THE_CSVS} if step == "csvs" else {}
+        usual = {name: str(settings.DEFAULTS[name]) for name in settings.OF_THE_TRAINING_FILES} if step == "csvs" else {}
         values = {name: getattr(flags, flag_name(step, name)) for name in steps[step]}
         return usual | {name: value for name, value in values.items() if value is not None}
 
@@ -157,7 +157,7 @@ def chain(flags: argparse.Namespace, steps: dict[str, Flags]) -> list[Step]:
         return arguments("quantizer", *data, *(() if flags.levels else ("--levels", sizes)))
 
     fitted = (embeddings.with_suffix(".tfidf"),) if flags.encoder == "tfidf" else ()
-    csvs = tuple(path(ending) for ending in ("train.csv", "valid.csv", "test.csv", "info.txt"))
+    csvs = *(path(f"{part}.{flags.output_format or 'csv'}") for part in ("train", "valid", "test")), path("info.txt")
     return [
         Step(
             "prepare",
@@ -191,7 +191,7 @@ def chain(flags: argparse.Namespace, steps: dict[str, Flags]) -> list[Step]:
     ]
 
 
-def training_command(output_dir: Path, name: str) -> str:
+def training_command(output_dir: Path, name: str, kind: str) -> str:
     """The line that trains on what was made, as it is typed where build was."""
     here = Path.cwd() == ROOT
     folder = output_dir if here or output_dir.is_absolute() else output_dir.resolve()
@@ -200,6 +200,8 @@ def training_command(output_dir: Path, name: str) -> str:
     own = Path(sys.executable)
     variables = {} if chosen.parent == own.parent else {"PYTHON": str(own)}
     variables |= {"CATEGORY": name, "DATA_DIR": str(folder), "BASE_MODEL": "Qwen/Qwen2.5-0.5B"}
+    if kind != "csv":
+        variables |= {"TRAIN_FILE": str(folder / f"{name}.train.{kind}"), "EVAL_FILE": str(folder / f"{name}.valid.{kind}")}
     script = "sft.sh" if here else shlex.quote(str(ROOT / "sft.sh"))
     return " ".join(
         [*(f"{key}={shlex.quote(value)}" for key, value in variables.items()), f"bash {script} --freeze_LLM True"]
@@ -245,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             record.finish(step)
     index = flags.output_dir / f"{flags.name}.index.json"
     log.info("look at the SIDs: python -m rq.report %s; train:", shlex.quote(str(index)))
-    command_line.show(training_command(flags.output_dir, flags.name))
+    command_line.show(training_command(flags.output_dir, flags.name, flags.output_format or "csv"))
 
 
 if __name__ == "__main__":

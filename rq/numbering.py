@@ -77,7 +77,7 @@ def items_to_number(table: Table, rows: "pd.DataFrame", items: Mapping[str, obje
     """The raw ids in the order of their numbers: the items of the rows kept as they first appear, then all others with a
     title. Ids that are numbers already, as in LC-Rec's files, stay in their order.
     """
-    raw_ids = list(dict.fromkeys([*rows.item, *([] if bought_only else items)]))
+    raw_ids = list(dict.fromkeys([*rows.item.unique(), *([] if bought_only else items)]))
     return sorted(raw_ids, key=int) if not table.has_times and are_numbers(raw_ids) else raw_ids
 
 

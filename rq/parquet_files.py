@@ -44,6 +44,7 @@ def read_parquet(path: Path, header: Sequence[str], wanted: Sequence[int]) -> "p
         packed.validate(full=True)
         if sum(_bytes_of_text(part) for column in packed.columns for part in column.chunks) > most:
             raise InputError(too_large(path))
+        del packed  # all is read anew, in full
         raw = file.read(columns=names).to_pandas(ignore_metadata=True, integer_object_nulls=True)
     except InputError:
         raise

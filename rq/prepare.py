@@ -1,24 +1,24 @@
 """`python -m rq.prepare`: interactions and item metadata ->
-`.item.json`, and once there is an index, the training CSVs.
+`.item.json`, and once there is an index, the training files.
 
 The same command is run twice: first without --index, for the items that rq.text2emb and a quantizer make an
-index of; then with --index added, for the train / valid / test CSVs and the info file, whose SIDs come from it.
+index of; then with --index added, for the train / valid / test files and the info file, whose SIDs come from it.
 Files whose items have the numbers of an index already, X.inter.json and X.index.json, need the second run alone.
 """
 
 import argparse
 import contextlib
 import csv
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rq import command_line, settings
 from rq.catalogue import read_items
 from rq.command_line import log
-from rq.files import InputError, check_output, shown, whole_file
+from rq.files import InputError, check_output, shown, whole_file, whole_path
 from rq.formats import FIELD_NAMES
 from rq.hub import PREFIX as HUB
 from rq.index_file import read_sids
@@ -37,41 +37,25 @@ from rq.numbering import (
 from rq.sequences import check_in_index, read_interactions
 from rq.tables import Table, read_table
 from rq.timestamps import Column, read_times
+from rq.training_files import LONGEST_HISTORY, csv_cells, csv_lines, write_sequences
+from rq.windows import histories, split_windows
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CSV_COLUMNS = (
-    "user_id",
-    "history_item_title",
-    "item_title",
-    "history_item_id",
-    "item_id",
-    "history_item_sid",
-    "item_sid",
-)
-VALID_SHARE, TEST_SHARE = 0.1, 0.1
 NO_ITEMS = "--items is missing; only an .inter.json with the --index of its item numbers does without it"
-
-
-@dataclass(frozen=True)
-class Window:
-    """One row of a training CSV: up to --max_history items, oldest first, and the item that followed."""
-
-    user: str
-    history: tuple[int, ...]
-    target: int
-    time: float  # grows with time, in whatever unit the column has
 
 
 def filter_interactions(
     table: Table, *, known_items: Iterable[str] | None, k_core: int, dayfirst: bool | None
 ) -> "pd.DataFrame":
     """Rows that can be used, ordered by time, equal times as in the file; what is dropped is logged by reason. The k-core is
-    iterated to its fixed point. All items are known where `known_items` is None.
+    iterated to its fixed point. All items are known where `known_items` is None. Users and items are categories.
     """
-    import pandas as pd
+    import numpy as np
+    import pyarrow
 
+    pyarrow.default_memory_pool().release_unused()  # where the texts of all rows were: as much as all that follows takes
     rows = table.rows
     column = Column(table.names["time"], rows.time, table.where)
     times = read_times(column, dayfirst=dayfirst)
@@ -79,32 +63,39 @@ def filter_interactions(
 
     dropped: dict[str, int] = {}
 
-    def keep(reason: str, good: "pd.Series") -> None:
+    def keep(reason: str, good: "np.ndarray | pd.Series") -> None:
         nonlocal rows
         dropped[reason] = dropped.get(reason, 0) + int((~good).sum())
-        rows = rows[good]
+        rows = rows if good.all() else rows[good]
 
     read = len(rows)
-    rows = rows.assign(user=rows.user.map(cell_text), item=rows.item.map(cell_text), time=times.order)
     for field in ("user", "item"):
-        bad = rows[field].map(lambda text: bool(unusable(text, most=LONGEST_NAME)))
-        if bad.any():
-            text = rows[field][bad.idxmax()]
+        bad = [code for code, text in enumerate(rows[field].cat.categories) if unusable(text, most=LONGEST_NAME)]
+        if bad:
+            at = rows[field].cat.codes.isin(bad).idxmax()
+            text = rows[field][at]
             raise InputError(
-                f"{table.where(bad.idxmax())}: {field} {shown(text)} {unusable(text, most=LONGEST_NAME)}; mend or remove it"
+                f"{table.where(at)}: {field} {shown(text)} {unusable(text, most=LONGEST_NAME)}; mend or remove it"
             )
+    rows = rows.assign(time=times.order)
     keep("no user or item id", (rows.user != "") & (rows.item != ""))
     keep("no timestamp", ~times.empty[rows.index])
     unreadable = rows.time.isna()
     keep("unreadable timestamp", ~unreadable)
+    rows = rows.astype({"time": rows.time.dtype.numpy_dtype})
     keep("repeats user, item and time", ~rows.duplicated(["user", "item", "time"]))
     if known_items is not None:
-        keep("item has no title", rows.item.isin(pd.Index(list(known_items))))
+        known = rows.item.cat.categories.isin(list(known_items))
+        keep("item has no title", known[rows.item.cat.codes])
     before = -1
     while len(rows) != before:
         before = len(rows)
-        keep(f"item in fewer than {k_core} rows", rows.groupby("item").user.transform("size") >= k_core)
-        keep(f"user with fewer than {k_core} rows", rows.groupby("user").item.transform("size") >= k_core)
+        for field, reason in (
+            ("item", f"item in fewer than {k_core} rows"),
+            ("user", f"user with fewer than {k_core} rows"),
+        ):
+            codes = rows[field].cat.codes
+            keep(reason, (np.bincount(codes, minlength=1) >= k_core)[codes])
     log.info("interactions: %s read, %s kept", f"{read:,}", f"{len(rows):,}")
     for reason, count in dropped.items():
         log.info("  dropped, %s: %s", reason, f"{count:,}")
@@ -112,61 +103,22 @@ def filter_interactions(
         log.info("  the first unreadable timestamp: %s", column.shown(unreadable.idxmax()))
     if rows.empty:
         raise InputError("no interaction is left; check the columns read, or give a smaller --k_core")
-    return rows.astype({"time": rows.time.dtype.numpy_dtype}).sort_values("time", kind="stable")
+    return rows.iloc[np.argsort(rows.time.to_numpy(), kind="stable")]
 
 
-def windows(rows: "pd.DataFrame", number_of: dict[str, int], *, max_history: int) -> list[list[Window]]:
-    """For each user, in order of time, one window for every row but the first.
+def with_texts(table: Table) -> Table:
+    """The interactions with users and items as categories: their different texts, in the order in which they first stand."""
+    import pandas as pd
 
-    u bought items 0, 1 and 2 -> [[Window("u", (0,), 1, time), Window("u", (0, 1), 2, time)]]
-    """
-    users: dict[str, list[tuple[int, float]]] = {}
-    for user, item, time in zip(rows.user, rows.item, rows.time, strict=True):
-        users.setdefault(user, []).append((number_of[item], time))
-    return [
-        [
-            Window(user, tuple(item for item, _ in sequence[max(0, at - max_history) : at]), *sequence[at])
-            for at in range(1, len(sequence))
-        ]
-        for user, sequence in users.items()
-    ]
-
-
-def split_windows(by_user: list[list[Window]], *, split: str) -> dict[str, list[Window]]:
-    """{'train', 'valid', 'test'}: 80/10/10 by the time of the
-    target, or each user's last to test and last but one to valid.
-    """
-    if split == "global":
-        ordered = sorted((window for sequence in by_user for window in sequence), key=lambda window: window.time)
-        first_test = len(ordered) - round(len(ordered) * TEST_SHARE)
-        first_valid = first_test - round(len(ordered) * VALID_SHARE)
-        return {"train": ordered[:first_valid], "valid": ordered[first_valid:first_test], "test": ordered[first_test:]}
-    parts: dict[str, list[Window]] = {"train": [], "valid": [], "test": []}
-    for sequence in by_user:
-        if len(sequence) < 2:
-            parts["train"] += sequence
-            continue
-        parts["train"] += sequence[:-2]
-        parts["valid"].append(sequence[-2])
-        parts["test"].append(sequence[-1])
-    return parts
-
-
-def csv_row(window: Window, titles: Mapping[int, str], sids: Mapping[int, str]) -> list[object]:
-    """The cells of a window in the order of CSV_COLUMNS; the three history lists come from one list of ids.
-
-    Window("u", (0, 1), 2, time) -> ["u", "['Pan', 'Tab']", "Bin", "[0, 1]", 2, "['<a_0><b_0>', '<a_1><b_0>']", "<a_2><b_0>"]
-    """
-    history = list(window.history)
-    return [
-        window.user,
-        repr([titles[item] for item in history]),
-        titles[window.target],
-        repr(history),
-        window.target,
-        repr([sids[item] for item in history]),
-        sids[window.target],
-    ]
+    columns = {}
+    for field in ("user", "item"):
+        cells = table.rows[field]
+        if cells.dtype == object:  # may hold True and 1, which are equal and have other texts
+            cells = cells.map(cell_text)
+        codes, different = pd.factorize(cells, use_na_sentinel=False)
+        text_of, texts = pd.factorize(pd.Series(different).map(cell_text))
+        columns[field] = pd.Categorical.from_codes(text_of[codes], categories=texts)
+    return dataclasses.replace(table, rows=table.rows.assign(**columns))
 
 
 def check_no_input(flags: argparse.Namespace, outputs: Iterable[Path]) -> None:
@@ -224,27 +176,30 @@ def write_items(
     log.info("next: rq.text2emb, a quantizer, then this command again with --index")
 
 
-def write_csvs(
+def write_training_files(
     flags: argparse.Namespace, rows: "pd.DataFrame", published: Published, *, items: Mapping[str, dict], kept_settings: str
 ) -> None:
-    """The CSVs and the info file, and `.item.json` where `items` are given."""
+    """The rows of each part and the info file, and `.item.json` where `items` are given."""
     numbers, titles, sids = published
     if unused := len(titles) - rows.item.nunique():
         log.info("%s of %s items are in no row that is kept", f"{unused:,}", f"{len(titles):,}")
-    by_user = windows(rows, numbers, max_history=flags.max_history)
-    parts = split_windows(by_user, split=flags.split)
-    targets = {part: flags.output_dir / f"{flags.name}.{part}.csv" for part in parts}
+    made = histories(rows, numbers)
+    parts = split_windows(made, split=flags.split)
+    paths = {part: flags.output_dir / f"{flags.name}.{part}.{flags.output_format}" for part in parts}
     info_file, item_file = (flags.output_dir / f"{flags.name}.{ending}" for ending in ("info.txt", "item.json"))
-    outputs = (*targets.values(), info_file, *([item_file] if items else []))
+    outputs = (*paths.values(), info_file, *([item_file] if items else []))
     check_no_input(flags, outputs)
     for path in outputs:
         if path.exists() and not flags.overwrite:
             raise InputError(f"{path} exists; give --overwrite to replace it, or another --output_dir")
     with contextlib.ExitStack() as stack:
-        for part, part_windows in parts.items():
-            writer = csv.writer(stack.enter_context(whole_file(targets[part])), lineterminator="\n")
-            writer.writerow(CSV_COLUMNS)
-            writer.writerows(csv_row(window, titles, sids) for window in part_windows)
+        cells = csv_cells(made, titles, sids) if flags.output_format == "csv" else None
+        for part, targets in parts.items():
+            if cells:
+                lines = csv_lines(made, targets, cells, max_history=flags.max_history)
+                stack.enter_context(whole_file(paths[part])).writelines(lines)
+            else:
+                write_sequences(stack.enter_context(whole_path(paths[part])), made, targets, max_history=flags.max_history)
         kept = stack.enter_context(whole_file(settings.settings_file(flags.output_dir, flags.name)))
         kept.write(kept_settings)
         if items:
@@ -255,8 +210,8 @@ def write_csvs(
         info.writelines(f"{sid}\t{titles[item]}\t{item}\n" for item, sid in sids.items())
     log.info(
         "%s users; each user's first row starts a history and is no target: %s rows",
-        f"{len(by_user):,}",
-        f"{len(by_user):,}",
+        f"{len(made.users):,}",
+        f"{len(made.users):,}",
     )
     log.info(
         "wrote %s: %s",
@@ -272,7 +227,7 @@ def a_table(text: str) -> Path:
 
 @command_line.command("prepare")
 def main(argv: list[str] | None = None) -> None:
-    """Interactions and items -> `.item.json`; with --index, the CSVs and the info file."""
+    """Interactions and items -> `.item.json`; with --index, the training files and the info file."""
     parser = command_line.parser("prepare", __doc__, shared=("overwrite",))
     add = parser.add_argument
     for flag, text in {
@@ -292,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         "--index",
         type=command_line.existing,
         metavar="X.index.json",
-        help="second run: write the CSVs with the SIDs of this index",
+        help="second run: write the training files with the SIDs of this index",
     )
     add(
         "--append",
@@ -305,6 +260,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--k_core", type=command_line.at_least(1), help="drop users and items with fewer rows, until none has (5)")
     add("--split", choices=settings.SPLITS, help="80/10/10 by time of the target, or by user (global)")
     add("--max_history", type=command_line.at_least(1), help="items of a history at most (10)")
+    add(
+        "--output_format",
+        choices=settings.FORMATS,
+        help="of train, valid and test: csv, or parquet: the same rows as user sequences, a hundredth of the size (csv)",
+    )
     add(
         "--dayfirst",
         type=command_line.switch,
@@ -337,6 +297,11 @@ def main(argv: list[str] | None = None) -> None:
     settings_path = settings.settings_file(flags.output_dir, flags.name)
     remembered = settings.read_settings(settings_path)
     settings.fill_in(flags, remembered, path=settings_path)
+    if flags.output_format == "parquet" and flags.max_history > LONGEST_HISTORY:
+        raise InputError(
+            f"--max_history {flags.max_history}: sft.py reads at most {LONGEST_HISTORY:,} items of a history from Parquet; "
+            "give that or less, or --output_format csv"
+        )
     for ending in settings.ENDINGS:
         check_output(flags.output_dir / f"{flags.name}.{ending}")
     ids_file = flags.output_dir / f"{flags.name}.item_ids.csv"
@@ -358,9 +323,9 @@ def main(argv: list[str] | None = None) -> None:
     if numbered:
         index = read_sids(flags.index)
         check_in_index(interactions, index, index_file=flags.index)
+    interactions = with_texts(interactions)
     if items or not numbered:
-        raw_ids = interactions.rows.item.map(cell_text).drop_duplicates().tolist()
-        check_ids_meet(interactions, raw_ids, items, items_file=flags.items)
+        check_ids_meet(interactions, interactions.rows.item.cat.categories, items, items_file=flags.items)
     rows = filter_interactions(
         interactions, known_items=None if numbered else items, k_core=flags.k_core, dayfirst=flags.dayfirst
     )
@@ -371,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     settings.log_other_rows(flags, remembered, rows_kept=len(rows))
     published = numbered_items(flags, items, index) if numbered else published_items(flags, rows)
-    write_csvs(flags, rows, published, items=items if numbered else {}, kept_settings=kept_settings)
+    write_training_files(flags, rows, published, items=items if numbered else {}, kept_settings=kept_settings)
 
 
 if __name__ == "__main__":

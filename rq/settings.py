@@ -22,12 +22,11 @@ ENDINGS = (
     "item.json",
     "item_ids.csv",
     "prepare.json",
-    "train.csv",
-    "valid.csv",
-    "test.csv",
+    *(f"{part}.{kind}" for part in ("train", "valid", "test") for kind in ("csv", "parquet")),
     "info.txt",
 )  # NAME.item.json, ..
 SPLITS = ("global", "leave_one_out")
+FORMATS = ("csv", "parquet")
 COLUMNS = tuple(f"{field}_column" for field in FIELD_NAMES)
 DEFAULTS: dict[str, object] = {
     **dict.fromkeys(COLUMNS),
@@ -38,6 +37,7 @@ DEFAULTS: dict[str, object] = {
     "k_core": 5,
     "split": "global",
     "max_history": 10,
+    "output_format": "csv",
 }
 # What a value that differs from the one remembered does.
 EFFECTS = {
@@ -49,8 +49,9 @@ EFFECTS = {
     "k_core": "other rows are kept: the CSVs have more or fewer rows",
     "split": "rows go to other files",
     "max_history": "histories are of another length",
+    "output_format": "train, valid and test are files of another kind",
 }
-OF_THE_CSVS = ("split", "max_history")  # the rest belongs to the run that numbers the items
+OF_THE_TRAINING_FILES = ("split", "max_history", "output_format")  # the rest belongs to the run that numbers the items
 
 
 def _can_be_typed(value: object, kind: Callable[[str], str]) -> bool:
@@ -61,7 +62,10 @@ def _can_be_typed(value: object, kind: Callable[[str], str]) -> bool:
 
 
 # What earlier versions did not keep, and did as if it had been this.
-EARLIER: dict[str, object] = {"features_column": None, "sep": None, "encoding": None, "bought_only": True}
+EARLIER: dict[str, object] = {
+    **dict.fromkeys(("features_column", "sep", "encoding", "output_format")),
+    "bought_only": True,
+}
 _GOOD: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(COLUMNS, lambda value: value is None or isinstance(value, str)),
     "sep": lambda value: value is None or _can_be_typed(value, command_line.separator),
@@ -70,6 +74,7 @@ _GOOD: dict[str, Callable[[object], bool]] = {
     "dayfirst": lambda value: value is None or isinstance(value, bool),
     "split": lambda value: value is None or value in SPLITS,
     "max_history": lambda value: value is None or (type(value) is int and value >= 1),
+    "output_format": lambda value: value is None or value in FORMATS,
     **dict.fromkeys(("k_core", "rows_kept"), lambda value: type(value) is int and value >= 1),
     "interactions": lambda value: isinstance(value, str),
 }
@@ -111,7 +116,7 @@ def fill_in(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
             if not anew and before[name] != default:
                 taken.append(f"--{name} {before[name]}")
         value = getattr(flags, name)
-        open_before = name in OF_THE_CSVS and (anew or name not in given_before)
+        open_before = name in OF_THE_TRAINING_FILES and (anew or name not in given_before)
         if remembered and value != before[name] and not open_before:
             log.warning("--%s is %s, in the run before it was %s: %s", name, value, before[name], EFFECTS[name])
     if taken:
@@ -127,10 +132,10 @@ def to_keep(flags: argparse.Namespace, remembered: dict[str, object] | None, *, 
     """
     used = {name: getattr(flags, name) for name in DEFAULTS}
     if not flags.index:
-        used |= {name: None for name in OF_THE_CSVS if used[name] == DEFAULTS[name]}
+        used |= {name: None for name in OF_THE_TRAINING_FILES if used[name] == DEFAULTS[name]}
     used |= {"interactions": flags.interactions.name, "rows_kept": rows_kept}
     if flags.index and remembered:
-        used = {**remembered, **{name: used[name] for name in OF_THE_CSVS}}
+        used = {**remembered, **{name: used[name] for name in OF_THE_TRAINING_FILES}}
     return json.dumps(used, indent=1, ensure_ascii=False) + "\n"
 
 

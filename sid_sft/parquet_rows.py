@@ -6,12 +6,19 @@
     user_id  item_ids                                     every item but the first is a target once:
     ann      [0, 17, 4]                                   [0] -> 17 and [0, 17] -> 4
 
-A sequence may have `timestamps`, one for each item, by which it is put in order, and `targets`: how many of the last items
-are asked for, 1 for a file of test rows. 10 million interactions take some 50 MB this way, and no history is written twice.
+A sequence may have `timestamps`, one for each item, by which it is put in order; `targets`: how many of the last items
+are asked for, 1 for a file of test rows; `max_history`: how many items a history has at most; and `row_numbers`, one for
+each item that is asked for: the place of its row in the file, from 0, where rows are not in the order of the sequences:
+
+    ann      [0, 17, 4]    row_numbers [0, 2]             [0] -> 17, then bob's [4] -> 0, then [0, 17] -> 4
+    bob      [4, 0]        row_numbers [1]
+
+10 million interactions take some 50 MB this way, and no history is written twice.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 ROW_COLUMNS = ("user_id", "history_item_id", "item_id")
 OPTIONAL_COLUMNS = {"history_item_sid": "item_sid", "history_item_title": "item_title"}  # of the history, of the item
 SEQUENCE_COLUMNS = ("user_id", "item_ids")
+OPTIONAL_OF_SEQUENCES = ("timestamps", "targets", "max_history", "row_numbers")
 EXPECTED = f"{', '.join(ROW_COLUMNS)} (SIDs and titles where you have them), or {' and '.join(SEQUENCE_COLUMNS)}"
 ROWS_AT_ONCE = 256  # a column whose rows are all one long list takes little room until it is read
 LONGEST_HISTORY = 8192  # of the rows made of a sequence: the newest items, more than any prompt shows
@@ -33,16 +41,59 @@ MOST_UNPACKED, ALWAYS_UNPACKED = 40, 2**26  # bytes of a Parquet column for each
 
 def parquet_rows(path: Path) -> Iterator[Written]:
     """The rows of a Parquet file of interactions; InputError names the file, and the row where one is at fault."""
+    waiting = Waiting(path)
     for number, fields in parquet_records(path, choose_columns):
         where, spot = f"{path}: row {number}", f"row {number}"
-        user = entry(where, "user_id", fields["user_id"])
+        user = str(entry(where, "user_id", fields["user_id"]))
         if "item_ids" not in fields:
-            yield typed_row(where, spot, str(user), fields)
-        else:
-            items = sequence(where, fields)
-            for at in range(len(items) - targets(where, fields, len(items)), len(items)):
-                ids = items[max(0, at - LONGEST_HISTORY) : at + 1]
-                yield Written(where, f"{spot}, item {at + 1}", str(user), ids)
+            yield typed_row(where, spot, user, fields)
+            continue
+        items, longest = sequence(where, fields), longest_history(where, fields)
+        first = len(items) - targets(where, fields, len(items))
+        if "row_numbers" in fields:
+            waiting.add(number, user, items, longest, row_numbers(where, fields, len(items) - first))
+            continue
+        for at in range(first, len(items)):
+            yield Written(where, f"{spot}, item {at + 1}", user, items[max(0, at - longest) : at + 1])
+    yield from waiting.rows()
+
+
+class Waiting:
+    """Sequences whose rows have an order of their own. They wait until all are read, in some 80 bytes for each item."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sequences: list[tuple[int, str, int, int]] = []  # row in Parquet, user, where its items begin, longest history
+        self.code_of: dict[str | int | float, int] = {}  # item -> its place here
+        self.items = array("i")  # codes, of one sequence after the other
+        self.row_numbers, self.places, self.owners = array("q"), array("q"), array("i")  # of each item that is asked for
+
+    def add(self, number: int, user: str, items: list, longest: int, row_numbers: list[int]) -> None:
+        """One more sequence, whose last items are asked for, in the rows `row_numbers`."""
+        self.owners.extend([len(self.sequences)] * len(row_numbers))
+        self.sequences.append((number, user, len(self.items), longest))
+        self.items.extend(self.code_of.setdefault(item, len(self.code_of)) for item in items)
+        self.row_numbers.extend(row_numbers)
+        self.places.extend(range(len(self.items) - len(row_numbers), len(self.items)))
+
+    def rows(self) -> Iterator[Written]:
+        """The rows in order; InputError unless the numbers are 0, 1, 2 and so on, each once."""
+        import numpy as np
+
+        numbers = np.asarray(self.row_numbers)
+        order = np.argsort(numbers, kind="stable")
+        wrong = np.flatnonzero(numbers[order] != np.arange(len(numbers)))
+        if len(wrong):
+            raise InputError(
+                f"{self.path}: row_numbers has {numbers[order[wrong[0]]]:,} where {wrong[0]:,} is expected; they must be "
+                f"0 to {len(numbers) - 1:,}, each once, for that many items asked for"
+            )
+        item_of = list(self.code_of)
+        for i in order:
+            at = self.places[i]
+            number, user, start, longest = self.sequences[self.owners[i]]
+            ids = [item_of[code] for code in self.items[max(start, at - longest) : at + 1]]
+            yield Written(f"{self.path}: row {number}", f"row {number}, item {at - start + 1}", user, ids)
 
 
 def choose_columns(path: Path, header: list[str]) -> list[str]:
@@ -51,7 +102,7 @@ def choose_columns(path: Path, header: list[str]) -> list[str]:
     for pair in OPTIONAL_COLUMNS.items():
         columns += pair if set(pair) <= set(header) else ()
     if "item_ids" in header:
-        columns = [*SEQUENCE_COLUMNS, *(name for name in ("timestamps", "targets") if name in header)]
+        columns = [*SEQUENCE_COLUMNS, *(name for name in OPTIONAL_OF_SEQUENCES if name in header)]
     for column in columns:
         if header.count(column) != 1:
             fault = f"has the column {column!r} twice" if column in header else f"has no column {column!r}"
@@ -99,6 +150,30 @@ def targets(where: str, fields: dict[str, Any], length: int) -> int:
     if type(wanted) is not int or wanted < 0:
         raise InputError(f"{where}: has {shown(wanted)} for targets; expected how many of the last items are asked for")
     return min(wanted, most)
+
+
+def longest_history(where: str, fields: dict[str, Any]) -> int:
+    """How many items a history of a sequence has at most."""
+    most = fields.get("max_history")
+    if most is None:
+        return LONGEST_HISTORY
+    if type(most) is not int or most < 1:
+        raise InputError(f"{where}: has {shown(most)} for max_history; expected how many items a history has at most")
+    return min(most, LONGEST_HISTORY)
+
+
+def is_row_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def row_numbers(where: str, fields: dict[str, Any], count: int) -> list[int]:
+    """The places of the rows of a sequence among all rows, one for each item that is asked for."""
+    numbers = fields["row_numbers"]
+    if not isinstance(numbers, list) or len(numbers) != count or not all(map(is_row_number, numbers)):
+        raise InputError(
+            f"{where}: asks for {count} items and has the row_numbers {shown(numbers)}; expected a whole number for each"
+        )
+    return numbers
 
 
 def checked(where: str, column: str, values: Any, like: str = "") -> list:

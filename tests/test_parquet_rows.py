@@ -104,6 +104,40 @@ def test_a_long_sequence_keeps_the_newest_items(tmp_path, catalogue):
     assert row.history == (catalogue.position["0"],) * LONGEST_HISTORY
 
 
+def ids_of(catalogue, rows) -> list[tuple]:
+    return [(row.user, *(catalogue.items[place].id for place in (*row.history, row.item))) for row in rows]
+
+
+def test_a_history_has_no_more_items_than_max_history(tmp_path, catalogue):
+    rows = [{"user_id": "a", "item_ids": [0, 1, 2, 3], "max_history": most} for most in (1, 2, None)]
+    path = parquet(tmp_path / "x.parquet", rows)
+    assert [len(row.history) for row in read_rows(path, catalogue)] == [1, 1, 1, 1, 2, 2, 1, 2, 3]
+
+
+def test_rows_come_in_the_order_of_row_numbers(tmp_path, catalogue):
+    rows = [
+        {"user_id": "a", "item_ids": [0, 1, 2, 3], "targets": 2, "max_history": 2, "row_numbers": [1, 3]},
+        {"user_id": "b", "item_ids": [4, 0, 4], "targets": None, "max_history": None, "row_numbers": [0, 2]},
+        {"user_id": "c", "item_ids": [4, 0, 4], "targets": 0, "max_history": 1, "row_numbers": []},
+    ]
+    path = parquet(tmp_path / "x.parquet", rows)
+    assert ids_of(catalogue, read_rows(path, catalogue)) == [
+        ("b", "4", "0"),
+        ("a", "0", "1", "2"),
+        ("b", "4", "0", "4"),
+        ("a", "1", "2", "3"),
+    ]
+
+
+def test_a_fault_in_an_ordered_row_is_named_by_its_place_in_the_file(tmp_path, catalogue):
+    rows = [
+        {"user_id": "a", "item_ids": [0, 1], "row_numbers": [1]},
+        {"user_id": "b", "item_ids": [0, 2, 99], "row_numbers": [0, 2]},
+    ]
+    path = parquet(tmp_path / "x.parquet", rows)
+    assert "row 2, item 3: '99'" in str(pytest.raises(InputError, list, read_rows(path, catalogue)).value)
+
+
 SEQUENCE = {"user_id": "a", "item_ids": [0, 1]}
 ROW = {"user_id": "a", "history_item_id": [0], "item_id": 1}
 BAD = {
@@ -126,6 +160,22 @@ BAD = {
     "no time": ([{**SEQUENCE, "timestamps": [1, None]}], "expected one for each item"),
     "half a target": ([{**SEQUENCE, "targets": 0.5}], "row 1: has 0.5 for targets; expected how many"),
     "less than no target": ([{**SEQUENCE, "targets": -1}], "row 1: has -1 for targets"),
+    "a history of no item": ([{**SEQUENCE, "max_history": 0}], "row 1: has 0 for max_history; expected how many items"),
+    "half an item of history": ([{**SEQUENCE, "max_history": 1.5}], "row 1: has 1.5 for max_history"),
+    "too many row numbers": (
+        [{**SEQUENCE, "row_numbers": [0, 1]}],
+        "row 1: asks for 1 items and has the row_numbers [0, 1]; expected a whole number for each",
+    ),
+    "no row numbers": (
+        [{**SEQUENCE, "row_numbers": [0]}, {**SEQUENCE, "row_numbers": None}],
+        "row 2: asks for 1 items and has",
+    ),
+    "a row number below 0": ([{**SEQUENCE, "row_numbers": [-1]}], "has the row_numbers [-1]"),
+    "a row number twice": (
+        [{**SEQUENCE, "row_numbers": [0]}, {**SEQUENCE, "row_numbers": [0]}],
+        "row_numbers has 0 where 1 is expected; they must be 0 to 1, each once, for that many items asked for",
+    ),
+    "a row number left out": ([{**SEQUENCE, "row_numbers": [7]}], "row_numbers has 7 where 0 is expected"),
     "SIDs of another length": (
         [{**ROW, "history_item_sid": ["<a_0><b_0><c_0>"] * 2, "item_sid": "<a_0><b_1><c_1>"}],
         "row 1: the history has 1 ids and 2 entries of history_item_sid; they must be aligned",

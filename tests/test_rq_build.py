@@ -63,9 +63,11 @@ def test_one_command_makes_all_that_training_takes(arguments, capsys):
     assert told[0].endswith("sft.sh --freeze_LLM True")
 
 
-def test_the_training_command_is_one_that_trains(arguments, capsys):
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_training_command_is_one_that_trains(arguments, capsys, kind):
     """As it is typed, with a check of all files in place of the training."""
-    build.main(arguments)
+    build.main([*arguments, "--output_format", kind])
+    assert (shop(arguments) / f"shop.train.{kind}").exists()
     line = capsys.readouterr().out.strip().replace("BASE_MODEL=Qwen/Qwen2.5-0.5B", "")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "SFT_TEST": "1"}
     done = subprocess.run(

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rq import prepare, rqkmeans, text2emb
+from rq import prepare, rqkmeans, text2emb, training_files
 from rq.index_file import read_sids, sid_tokens, write_sids
 from sid_sft.interactions import CSV_COLUMNS, read_rows
+from sid_sft.parquet_rows import LONGEST_HISTORY
 
 data = pytest.importorskip("data", reason="rq/ stands alone here")
 sft = pytest.importorskip("sft", reason="rq/ stands alone here")
@@ -46,8 +47,9 @@ def shop(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_both_sides_name_the_columns_of_the_csvs_alike():
-    assert prepare.CSV_COLUMNS == CSV_COLUMNS
+def test_both_sides_name_the_columns_of_the_csvs_alike_and_the_longest_history():
+    assert training_files.CSV_COLUMNS == CSV_COLUMNS
+    assert training_files.LONGEST_HISTORY == LONGEST_HISTORY
 
 
 def test_sft_reads_the_tokens_of_an_index_of_mixed_depth(shop):

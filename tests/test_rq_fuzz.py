@@ -59,6 +59,8 @@ from rq.origin import Origin, write_record
 from rq.sentence_encoder import own_settings
 from rq.sequences import read_interactions
 from rq.tables import read_table
+from rq.training_files import csv_cells, csv_lines
+from rq.windows import histories, split_windows
 
 READING = {"names": {}, "sep": None, "encoding": "cp1252"}
 RECORD = {
@@ -99,11 +101,14 @@ def read_as_items(path: Path) -> dict[str, dict[str, str]]:
 
 
 def read_as_interactions(path: Path) -> None:
-    table = read_interactions(path, **READING)
-    known = {str(item).strip() for item in table.rows.item}
+    table = prepare.with_texts(read_interactions(path, **READING))
+    known = table.rows.item.cat.categories
     rows = prepare.filter_interactions(table, known_items=known, k_core=1, dayfirst=None)
     numbers = {item: number for number, item in enumerate(rows.item.drop_duplicates())}
-    prepare.split_windows(prepare.windows(rows, numbers, max_history=3), split="global")
+    made = histories(rows, numbers)
+    windows = split_windows(made, split="global")["train"]
+    cells = csv_cells(made, *({number: item for item, number in numbers.items()},) * 2)
+    assert len("".join(csv_lines(made, windows, cells, max_history=3)).splitlines()) > len(windows)
 
 
 READ_TABLE = st.sampled_from([read_as_items, read_as_interactions])

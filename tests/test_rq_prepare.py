@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import refusals
@@ -15,6 +16,8 @@ import refusals
 from rq import prepare
 from rq.index_file import write_sids
 from rq.timestamps import Column, read_times
+from rq.training_files import CSV_COLUMNS
+from rq.windows import Histories, histories, split_windows
 
 ITEMS = [("p", "Pan", "['Steel.', 'Big.']"), ("q", "Tab\there", ""), ("r", 'It\'s "R"', ""), ("s", "", "untitled")]
 # user, item, time: u buys p q r, v buys q p r; w buys p only; s has no title
@@ -109,7 +112,7 @@ def test_the_k_core_is_iterated_to_its_fixed_point(tmp_path, tables, capsys):
 def test_the_csvs_hold_aligned_lists_of_the_history(tables, tmp_path):
     with_index(tables, tmp_path / "out", "--split", "leave_one_out")
     rows = [row for part in ("train", "valid", "test") for row in read_rows(tmp_path / f"out/X.{part}.csv")]
-    assert tuple(rows[0]) == prepare.CSV_COLUMNS
+    assert tuple(rows[0]) == CSV_COLUMNS
     titles, sids = ["Pan", "Tab here", 'It\'s "R"'], ["<a_0><b_0>", "<a_1><b_0>", "<a_2><b_0>"]
     for row in rows:
         history = ast.literal_eval(row["history_item_id"])
@@ -139,22 +142,37 @@ def test_leave_one_out_gives_each_user_one_test_and_one_valid_row(tables, tmp_pa
     assert parts["train"] == []
 
 
+def in_order(*rows: tuple[str, int, int]) -> Histories:
+    """Histories of (user, item number, time), which are in order of time."""
+    users, items, times = zip(*rows, strict=True)
+    frame = pd.DataFrame({"user": pd.Categorical(users), "item": pd.Categorical(map(str, items)), "time": times})
+    return histories(frame, {str(item): item for item in items})
+
+
 def test_the_global_split_is_by_time_of_the_target():
-    by_user = [
-        [prepare.Window(user, (0,), 1, time=10 * at + user_at) for at in range(5)] for user_at, user in enumerate("abcd")
-    ]
-    parts = prepare.split_windows(by_user, split="global")
+    made = in_order(*((user, 0, 10 * at + user_at) for at in range(6) for user_at, user in enumerate("abcd")))
+    parts = split_windows(made, split="global")
     assert [len(part) for part in parts.values()] == [16, 2, 2]
-    times = [window.time for part in parts.values() for window in part]
-    assert times == sorted(times)
+    times = [made.time_N[window] for part in parts.values() for window in part]
+    assert times == [10 * at + user_at for at in range(1, 6) for user_at in range(4)]
+
+
+def test_users_come_in_the_order_of_their_first_item_and_equal_times_in_that_of_the_rows():
+    made = in_order(("b", 3, 1), ("a", 5, 1), ("b", 4, 1), ("a", 6, 1))
+    assert (made.users, made.start_U.tolist(), made.item_N.tolist()) == (["b", "a"], [0, 2, 4], [3, 4, 5, 6])
+    assert [part.tolist() for part in split_windows(made, split="global").values()] == [[1, 3], [], []]
+
+
+def test_the_last_two_of_each_user_are_kept_back_but_an_only_window_is_for_training():
+    made = in_order(*((user, at, at) for user, count in (("a", 4), ("b", 1), ("c", 2), ("d", 3)) for at in range(count)))
+    parts = split_windows(made, split="leave_one_out")
+    # positions: a has 0 1 2 3, b 4, c 5 6, d 7 8 9
+    assert {name: part.tolist() for name, part in parts.items()} == {"train": [1, 6], "valid": [2, 8], "test": [3, 9]}
 
 
 def test_histories_are_cut_to_the_latest_items():
-    rows = pd.DataFrame({"user": ["u"] * 14, "item": [f"i{n}" for n in range(14)], "time": range(14)})
-    made = prepare.windows(rows, {f"i{n}": n for n in range(14)}, max_history=10)[0]
-    assert made[0].history == (0,)
-    assert made[-1].history == tuple(range(3, 13))
-    assert made[-1].target == 13
+    made = in_order(("a", 99, 0), *(("u", number, number) for number in range(14)))
+    assert made.first_of(np.array([2, 11, 12, 14]), max_history=10).tolist() == [1, 1, 2, 4]
 
 
 def test_new_items_are_appended_and_old_ones_keep_number_and_text(tables, tmp_path):
