@@ -383,7 +383,8 @@ def test_histories_in_parquet_are_read_or_refused(folder, catalogue, content):
 RIGHT_COLUMNS = [
     {"user_id": ["ann", "bob", "ann"], "history_item_id": [[0, 1], [4], [1]], "item_id": [2, 0, 3]},
     {"user_id": [1, 2, 3], "item_ids": [["0", "1"], ["4", "0", "2"], []], "timestamps": [[1, 2], [3, 1, 2], []]},
-    {"user_id": [1, 2, 3], "item_ids": [[0, 1], [4, 0, 2], [1, 2]], "targets": [1, None, 9]},
+    {"user_id": [1, 2, 3], "item_ids": [[0, 1], [4, 0, 2], [1, 2]], "targets": [1, None, 9], "max_history": [1, 2, None]},
+    {"user_id": [1, 2, 3], "item_ids": [[0, 1], [4, 0, 2], [1, 2]], "row_numbers": [[3], [0, 2], [1]]},
 ]
 for right in RIGHT_COLUMNS[:1]:
     sids = [["".join(toy.SIDS[str(item)]) for item in items] for items in right["history_item_id"]]
