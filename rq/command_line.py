@@ -132,8 +132,8 @@ def plain_name(text: str) -> str:
 def existing(text: str) -> Path:
     """A flag type: a file or folder to read, refused at once when it is missing."""
     path = Path(text)
-    if not path.exists():
-        raise argparse.ArgumentTypeError(f"{one_line(text)}: no such file")
+    if not text or not path.exists():
+        raise argparse.ArgumentTypeError(f"{one_line(text) or 'nothing'}: no such file")
     return path
 
 

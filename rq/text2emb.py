@@ -34,7 +34,7 @@ VOCABULARY, WEIGHTS = "vocabulary.json", "tfidf.safetensors"
 def default_output(item_file: Path, encoder: str) -> Path:
     """X.item.json and 'org/Name' -> X.emb-Name-td.npy beside it."""
     stem = item_file.name.removesuffix(".json").removesuffix(".item")
-    return item_file.with_name(f"{stem}.emb-{Path(encoder).name.removesuffix('.tfidf')}-td.npy")
+    return item_file.parent / f"{stem}.emb-{Path(encoder).name.removesuffix('.tfidf')}-td.npy"
 
 
 def fit_tfidf(texts: Sequence[str], *, n_dims: int, seed: int) -> tuple[list[str], "np.ndarray", "np.ndarray"]:

@@ -267,6 +267,13 @@ def test_modules_that_are_no_commands_import_none():
         assert name in commands or not commands & imported_by(path), path
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"), [("", "argument --item_file: nothing: no such file"), ("/", "/: not JSON"), (".", ".: not JSON")]
+)
+def test_a_path_without_a_name_is_refused_in_one_line(typed, told):
+    assert told in refusal(text2emb.main, f"--item_file={typed}", "--dim=2")
+
+
 def test_report_and_prepare_name_what_is_missing(tmp_path):
     assert "no such file" in refusal(report.main, tmp_path / "none.index.json")
     assert "required: --interactions" in refusal(prepare.main, "--name", "x")
