@@ -139,7 +139,8 @@ def check_fit(trained: Origin | None, given: Origin | None, *, checkpoint: Path,
         return False
     if not trained.fits(given):
         raise InputError(
-            f"{checkpoint} is of {trained.in_words()}; {npy} is of {given.in_words()}; embed with the encoder and the flags "
-            f"of the checkpoint, or train on these embeddings (or, to use them all the same, remove {record_file(npy)})"
+            f"{checkpoint} is of {trained.in_words()}; {npy.name} is of {given.in_words()}; embed with the encoder and the "
+            f"flags of the checkpoint, or train on these embeddings (or, to use them all the same, remove "
+            f"{record_file(npy).name} beside them)"
         )
     return True
