@@ -242,8 +242,13 @@ def main(argv: list[str] | None = None) -> None:
         if step.name in to_do:
             arguments = step.arguments()
             log.info("%s of %s: %s %s", number, len(steps), step.main.__module__, shlex.join(arguments))
+            new_folder = not flags.output_dir.exists()
             record.start(step, steps)
-            step.main([*arguments, "--overwrite"])
+            try:
+                step.main([*arguments, "--overwrite"])
+            except SystemExit:
+                record.forget_nothing(new_folder=new_folder)
+                raise
             record.finish(step)
     index = flags.output_dir / f"{flags.name}.index.json"
     log.info("look at the SIDs: python -m rq.report %s; train:", shlex.quote(str(index)))

@@ -114,6 +114,13 @@ class BuildRecord:
         self.files |= {path.name: None for path in step.outputs}
         self._write()
 
+    def forget_nothing(self, *, new_folder: bool) -> None:
+        """Takes the record back, and the folder that was made for it, where a first step was refused and made nothing."""
+        if not self.steps and not any((self.path.parent / name).exists() for name in self.files):
+            self.path.unlink()
+            if new_folder and not any(self.path.parent.iterdir()):
+                self.path.parent.rmdir()
+
     def finish(self, step: Step) -> None:
         """`step` is done."""
         self.steps[step.name] = step.made_of

@@ -228,6 +228,11 @@ def test_a_dataset_of_the_hub_is_known_by_its_address(arguments, capsys):
     assert plan(capsys, *hub)["prepare"] == "not made yet"
 
 
+def test_a_first_step_that_is_refused_leaves_nothing(arguments):
+    assert "--k_core" in refusal(build.main, *arguments, "--k_core", "1000")
+    assert not shop(arguments).exists()
+
+
 def test_the_flags_of_a_method_go_to_it(arguments, capsys):
     quick = ("--method", "rqvae", "--epochs", "1", "--hidden", "8", "--latent", "4", "--batch_size", "8", "--levels", "4,4")
     build.main([*arguments, *quick])
