@@ -48,8 +48,11 @@ def parquet_rows(path: Path) -> Iterator[Written]:
         if "item_ids" not in fields:
             yield typed_row(where, spot, user, fields)
             continue
-        items, longest = sequence(where, fields), longest_history(where, fields)
-        first = len(items) - targets(where, fields, len(items))
+        items = sequence(where, fields)
+        meaning = "how many items a history has at most"
+        longest = up_to(LONGEST_HISTORY, where, "max_history", fields, least=1, meaning=meaning)
+        meaning = "how many of the last items are asked for"  # the first item has no history
+        first = len(items) - up_to(max(0, len(items) - 1), where, "targets", fields, least=0, meaning=meaning)
         if "row_numbers" in fields:
             waiting.add(number, user, items, longest, row_numbers(where, fields, len(items) - first))
             continue
@@ -141,25 +144,14 @@ def sequence(where: str, fields: dict[str, Any]) -> list:
         raise InputError(f"{where}: has timestamps that have no order ({cut(error_text(error))})") from None
 
 
-def targets(where: str, fields: dict[str, Any], length: int) -> int:
-    """How many of the last items of a sequence are asked for; the first one has no history."""
-    most = max(0, length - 1)
-    wanted = fields.get("targets")
-    if wanted is None:
+def up_to(most: int, where: str, column: str, fields: dict[str, Any], *, least: int, meaning: str) -> int:
+    """The whole number in a column of a sequence, `most` where it is larger or missing: 9 of at most 2 -> 2."""
+    value = fields.get(column)
+    if value is None:
         return most
-    if type(wanted) is not int or wanted < 0:
-        raise InputError(f"{where}: has {shown(wanted)} for targets; expected how many of the last items are asked for")
-    return min(wanted, most)
-
-
-def longest_history(where: str, fields: dict[str, Any]) -> int:
-    """How many items a history of a sequence has at most."""
-    most = fields.get("max_history")
-    if most is None:
-        return LONGEST_HISTORY
-    if type(most) is not int or most < 1:
-        raise InputError(f"{where}: has {shown(most)} for max_history; expected how many items a history has at most")
-    return min(most, LONGEST_HISTORY)
+    if type(value) is not int or value < least:
+        raise InputError(f"{where}: has {shown(value)} for {column}; expected {meaning}")
+    return min(value, most)
 
 
 def is_row_number(value: Any) -> bool:
