@@ -18,7 +18,6 @@ from sid_sft.catalogue import Catalogue, read_catalogue, read_index
 from sid_sft.chat import in_chat
 from sid_sft.checkpoint import (
     apply_sid_rows,
-    beams_beyond,
     bytes_to_write,
     fit_cutoff,
     load_model,
@@ -34,10 +33,10 @@ from sid_sft.finite import check_finite
 from sid_sft.flag_checks import check_training
 from sid_sft.freezing import rows_learning_rate, tell_what_trains, turn_dropout_off
 from sid_sft.hub import open_repository, upload
-from sid_sft.interactions import check_first_row, read_rows
+from sid_sft.interactions import check_first_row
 from sid_sft.interruption import StopSignals
 from sid_sft.output_folder import STATE_FILE, OutputFolder
-from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
+from sid_sft.recommend.while_training import recommendation_evaluator
 from sid_sft.resuming import resume_point, what_decides
 from sid_sft.run_report import CURVES_FILE, REPORT_FILE, model_card, write_run_report
 from sid_sft.settings import CACHE_DIR, TrainFlags
@@ -75,8 +74,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("sft")
-
-EVAL_BEAMS = 20  # of the recommendations measured during training: HR@10 with twice as many beams
 
 
 class TokenExtender:
@@ -267,29 +264,6 @@ def datasets_of(
     eval_data = build(Source(Path(flags.eval_file)), ["sid_sid"], flags.eval_sample)
     logger.info(f"Evaluating on {len(eval_data):,} examples of sid_sid")
     return train_data, eval_data
-
-
-def recommendation_evaluator(
-    flags: TrainFlags,
-    catalogue: Catalogue,
-    wording: dict[str, str],
-    tokenizer: PreTrainedTokenizerBase,
-    positions: int | None,
-) -> Evaluator | None:
-    """What measures recommendations at each evaluation, on a sample of the evaluation rows; None where not asked for."""
-    if not flags.eval_recommendation:
-        return None
-    rows = list(read_rows(Path(flags.eval_file), catalogue, max_left_out=flags.max_left_out))
-    return Evaluator(
-        tokenizer,
-        catalogue,
-        wording,
-        sampled(rows, flags.eval_recommendation, flags.seed),
-        task=next(task for task in RECOMMENDING_TASKS if task in flags.task_names),
-        num_beams=EVAL_BEAMS,
-        batch_size=flags.micro_batch_size,
-        cutoff_len=flags.cutoff_len if positions is None else min(flags.cutoff_len, positions - beams_beyond(catalogue)),
-    )
 
 
 def main(arguments: list[str]) -> int:
