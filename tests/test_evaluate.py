@@ -40,11 +40,13 @@ from sid_sft.recommend.ranking import (
     baselines,
     bootstrap,
     breadth,
+    by_shared_levels,
     item_popularity,
     level_recall,
     means,
     ranks_of,
     row_values,
+    shared_levels,
     sid_table,
     to_items,
     views,
@@ -463,6 +465,21 @@ def test_without_history_drops_it_from_lists_and_rows():
     assert means(found["sid"]) == {"hr@1": 0, "ndcg@1": 0, "mrr@1": 0}
     assert means(found["sid_without_history"]) == {"rows": 1, "hr@1": 1, "ndcg@1": 1, "mrr@1": 1}
     assert means(found["item_without_history"])["rows"] == 2  # the twin of a bought item is new as an item
+
+
+def test_rows_are_told_apart_by_how_many_levels_their_history_shares():
+    """item 0: a_0 b_0 (item 1 as well), item 2: a_0 b_1, item 3: a_1 b_1 c_0; a level counts from the first on alone."""
+    table = sid_table(TOY, Counter())
+    histories_and_targets = [((3,), 2), ((2, 3), 0), ((1,), 0), ((3, 2), 2), ((2,), 3)]
+    shared = shared_levels([Row("u", history, target) for history, target in histories_and_targets], table)
+    assert shared == ["0", "1", "all", "all", "0"]
+    found = by_shared_levels({"hr@1": np.array([1.0, 0.0, 1.0, 0.0, 0.0])}, shared)
+    assert found == {"0": {"rows": 2, "hr@1": 0.5}, "1": {"rows": 1, "hr@1": 0.0}, "all": {"rows": 2, "hr@1": 0.5}}
+
+
+def test_a_sid_that_another_one_begins_with_is_not_the_same_sid():
+    table = sid_table(catalogue_of([("<a_0>", "<b_0>"), ("<a_0>", "<b_0>", "<c_0>")]), Counter())
+    assert shared_levels([Row("u", (1,), 0), Row("u", (0,), 1), Row("u", (0, 1), 0)], table) == ["2", "2", "all"]
 
 
 def test_level_recall_counts_every_row_at_every_level():

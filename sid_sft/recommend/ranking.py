@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +80,31 @@ def level_recall(lists: Lists, targets: list[int], table: SidTable, ks: tuple[in
             hits = [head in ranked[:k] for head, ranked in zip(wanted, heads, strict=True)]
             found[f"level{level}@{k}"] = sum(hits) / len(hits)
     return found
+
+
+def shared_levels(rows: list[Row], table: SidTable) -> list[str]:
+    """How many levels of each row's target, from the first on, stand in one SID of its history; "all" where the SID itself
+    does. Few tells how well a model has learned what goes together, "all" how well it repeats.
+
+    Target (a, b, c): after (a, b, d) and (e, b, c) "2", after (e, b, c) "0", after (a, b, c) "all".
+    """
+    found = []
+    for row in rows:
+        target = table.sids[table.of_item[row.item]]
+        history = {table.sids[table.of_item[place]] for place in row.history}
+        same = max((len(commonprefix([target, sid])) for sid in history), default=0)
+        found.append("all" if target in history else str(same))
+    return found
+
+
+def by_shared_levels(values: dict[str, np.ndarray], shared: list[str]) -> dict[str, dict[str, float]]:
+    """The metrics of a view for the rows of each answer of `shared_levels`, and how many these are:
+    {"0": {"rows": 2711, "hr@10": 0.028, ...}, "1": ..., "all": ...}."""
+    groups = np.array(shared)
+    return {
+        name: means({"rows": np.nonzero(groups == name)[0], **{key: array[groups == name] for key, array in values.items()}})
+        for name in sorted(set(shared))
+    }
 
 
 # ---------------------------------------------------------------------------------------------- many rows

@@ -22,9 +22,11 @@ from sid_sft.recommend.ranking import (
     baselines,
     bootstrap,
     breadth,
+    by_shared_levels,
     item_popularity,
     level_recall,
     means,
+    shared_levels,
     views,
 )
 
@@ -168,14 +170,18 @@ def measure(
     targets = [table.of_item[row.item] for row in rows]
     metrics: dict[str, Any] = {name: means(values) for name, values in found.items()}
     metrics["interval_95"] = {name: bootstrap(found[name], users, seed) for name in ("sid", "item")}
+    shared = shared_levels(rows, table)
+    metrics["by_shared_levels"] = by_shared_levels(found["sid"], shared)
     metrics["levels"] = level_recall(lists, targets, table, ks)
     metrics["breadth"] = breadth(lists, rows, table, popularity, k)
     metrics["baselines"] = {}
     for name, their_lists in baselines(train, rows, table, max(ks)).items() if train else ():
-        theirs = {view: means(values) for view, values in views(their_lists, rows, table, ks).items()}
+        their_views = views(their_lists, rows, table, ks)
+        theirs = {view: means(values) for view, values in their_views.items()}
         metrics["baselines"][name] = {
             **theirs.pop("sid"),
             **theirs,
+            "by_shared_levels": by_shared_levels(their_views["sid"], shared),
             "levels": level_recall(their_lists, targets, table, ks),
             "breadth": breadth(their_lists, rows, table, popularity, k),
         }
@@ -224,6 +230,10 @@ def result_lines(metrics: dict[str, Any], *, with_train: bool) -> list[str]:
     lines += [
         f"{main.upper()} of this model: 95 % interval {low:.4f} to {high:.4f} (users drawn with replacement)",
         f"New items only ({fresh['rows']:,} rows, history taken out of the list): {main.upper()} {fresh[main]:.4f}",
+        f"{main.upper()} by how many levels of the truth's SID are in the history: "
+        + ", ".join(
+            f"{name} {group[main]:.4f} ({group['rows']:,} rows)" for name, group in metrics["by_shared_levels"].items()
+        ),
         f"Share of all rows where one of the first {k} agrees with the truth down to "
         + ", ".join(f"level {name.removeprefix('level')}: {value:.3f}" for name, value in recall.items()),
         f"Of all SIDs {100 * metrics['breadth'][f'coverage@{k}']:.1f} % stand among the first {k} of some row"
