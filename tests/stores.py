@@ -11,6 +11,7 @@ from conftest import byte_bpe, small_model
 
 from sid_sft.catalogue import Catalogue, Item
 from sid_sft.interactions import CSV_COLUMNS, Row
+from sid_sft.recommend.trie import Trie, build_trie, score_sequences, sid_matrix
 from sid_sft.tasks import DEFAULT_TASKS
 from sid_sft.vocabulary import add_sid_tokens
 
@@ -79,3 +80,19 @@ def arguments_of(store: Path, **flags) -> list[str]:
         "batch_size": 4,
     } | flags
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+# ---------------------------------------------------------------------------------------------- SIDs as token ids
+
+
+def sequences_of(sids: list[tuple[int, ...]], end: int) -> list[list[int]]:
+    """What is scored for SIDs of token ids: see score_sequences."""
+    return [row[row >= 0].tolist() for row in score_sequences(matrix_of(sids), end)]
+
+
+def table_of(sequences: list[list[int]]) -> Trie:
+    return build_trie(matrix_of(sequences))
+
+
+def matrix_of(sequences: list) -> np.ndarray:
+    return sid_matrix(sequences, {token: token for sequence in sequences for token in sequence})

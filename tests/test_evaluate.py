@@ -16,7 +16,18 @@ from conftest import ROOT, SHARED, byte_bpe, small_model
 from families import small_family
 from fuzzing import check_line
 from sklearn.metrics import ndcg_score
-from stores import FIXED, MIXED, TEXT, arguments_of, catalogue_of, shop_rows, write_rows, write_store
+from stores import (
+    FIXED,
+    MIXED,
+    TEXT,
+    arguments_of,
+    catalogue_of,
+    sequences_of,
+    shop_rows,
+    table_of,
+    write_rows,
+    write_store,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -28,9 +39,7 @@ from sid_sft.recommend.beam_search import (
     OwnForwardDecoder,
     SharedPromptDecoder,
     WholeSequenceDecoder,
-    build_trie,
     common_template,
-    score_sequences,
     search,
     search_freely,
 )
@@ -121,11 +130,11 @@ def decoders_of(model, prompts: list[np.ndarray]) -> list:
 
 
 def test_the_end_token_counts_where_one_sid_begins_another():
-    assert score_sequences([(1, 5), (1, 5, 9), (2, 6)], 0) == [[1, 5, 0], [1, 5, 9, 0], [2, 6]]
+    assert sequences_of([(1, 5), (1, 5, 9), (2, 6)], 0) == [[1, 5, 0], [1, 5, 9, 0], [2, 6]]
 
 
 def test_a_trie_is_the_table_that_its_docstring_shows():
-    trie = build_trie([[1, 5], [1, 6], [2, 5]])
+    trie = table_of([[1, 5], [1, 6], [2, 5]])
     assert trie.token.tolist() == [0, 1, 2, 5, 6, 5]
     assert trie.start.tolist() == [1, 3, 5, 6, 6, 6, 6]
     assert trie.leaf.tolist() == [-1, -1, -1, 0, 1, 2]
@@ -136,9 +145,9 @@ def test_a_trie_is_the_table_that_its_docstring_shows():
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_with_beams_enough_the_search_is_brute_force(kind, tied, sids):
     model, prompts, ids, end = toy(kind, sids, tied=tied)
-    sequences = score_sequences(ids, end)
+    sequences = sequences_of(ids, end)
     for decoder in decoders_of(model, prompts):
-        found = search(decoder, build_trie(sequences), prompts, 100)
+        found = search(decoder, table_of(sequences), prompts, 100)
         for place, prompt in enumerate(prompts):
             order, scores = brute_force(model, prompt, sequences)
             assert found.leaf[place].tolist() == order
@@ -180,10 +189,10 @@ def generated(model, prompts, sequences, num_beams, end):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_beams_and_scores_are_those_of_generate_with_allowed_tokens(kind, tied):
     model, prompts, ids, end = toy(kind, FIXED, tied=tied)
-    sequences = score_sequences(ids, end)
+    sequences = sequences_of(ids, end)
     expected, scores = generated(model, prompts, sequences, 4, end)
     for decoder in decoders_of(model, prompts):
-        found = search(decoder, build_trie(sequences), prompts, 4)
+        found = search(decoder, table_of(sequences), prompts, 4)
         assert found.leaf.tolist() == expected
         assert np.allclose(found.score.numpy(), scores, atol=1e-4, rtol=0)
 
@@ -192,9 +201,9 @@ def test_with_end_tokens_the_beams_are_those_of_generate_too():
     """With a beam for each SID: with fewer, generate counts an end only among its first `num_beams` candidates."""
     sids = [*FIXED, *(sid + ("<d_1>",) for sid in FIXED)]
     model, prompts, ids, end = toy("byte-level", sids)
-    sequences = score_sequences(ids, end)
+    sequences = sequences_of(ids, end)
     expected, scores = generated(model, prompts, sequences, 40, end)
-    found = search(SharedPromptDecoder(model, common_template(prompts)), build_trie(sequences), prompts, 40)
+    found = search(SharedPromptDecoder(model, common_template(prompts)), table_of(sequences), prompts, 40)
     assert found.leaf.tolist() == expected
     assert np.allclose(found.score.numpy(), scores, atol=1e-4, rtol=0)
 
@@ -210,8 +219,8 @@ def test_scores_know_what_an_architecture_does_to_its_logits(kind):
     _, prompts, ids, end = toy("byte-level", MIXED)
     name, settings = ARCHITECTURES[kind]
     model = small_model(name, 1 + max(map(max, ids)), **settings).eval()
-    sequences = score_sequences(ids, end)
-    found = search(SharedPromptDecoder(model, common_template(prompts)), build_trie(sequences), prompts, 100)
+    sequences = sequences_of(ids, end)
+    found = search(SharedPromptDecoder(model, common_template(prompts)), table_of(sequences), prompts, 100)
     for place, prompt in enumerate(prompts):
         order, scores = brute_force(model, prompt, sequences)
         assert np.allclose(found.score[place].numpy(), scores, atol=1e-4, rtol=0)
@@ -240,7 +249,7 @@ def test_every_family_is_ranked_by_its_own_forward(kind, decoder):
     assert type(evaluator.decoder(model)).__name__ == decoder
     found = evaluator.recommend(model)
     for place, prompt in enumerate(evaluator.prompts):
-        order, scores = brute_force(model, prompt, evaluator.sequences)
+        order, scores = brute_force(model, prompt, [row[row >= 0].tolist() for row in evaluator.sequences])
         assert np.allclose(found.score[place], scores, atol=1e-3, rtol=0)
         assert found.sid[place].tolist() == order
 
@@ -248,7 +257,7 @@ def test_every_family_is_ranked_by_its_own_forward(kind, decoder):
 @pytest.mark.parametrize("num_beams", [1, 3, 9, 26, 1000])
 def test_no_beam_is_invalid_or_double(num_beams):
     model, prompts, ids, end = toy("byte-level", MIXED)
-    found = search(WholeSequenceDecoder(model), build_trie(score_sequences(ids, end)), prompts, num_beams)
+    found = search(WholeSequenceDecoder(model), table_of(sequences_of(ids, end)), prompts, num_beams)
     for row, scores in zip(found.leaf.tolist(), found.score.tolist(), strict=True):
         valid = [number for number in row if number >= 0]
         assert len(set(valid)) == len(valid) > 0
@@ -260,7 +269,7 @@ def test_no_beam_is_invalid_or_double(num_beams):
 def test_a_level_with_fewer_children_than_beams_leaves_the_rest_empty():
     """Two beams of the first level with one child each; the third node of that level was pruned with its children."""
     model, prompts, ids, end = toy("byte-level", [("<a_0>", "<b_0>"), ("<a_1>", "<b_0>"), ("<a_2>", "<b_0>")])
-    found = search(WholeSequenceDecoder(model), build_trie(ids), prompts, 2)
+    found = search(WholeSequenceDecoder(model), table_of(ids), prompts, 2)
     assert (found.leaf >= 0).all()
     assert all(len(set(row)) == 2 for row in found.leaf.tolist())
 
@@ -327,11 +336,13 @@ def check_search(sids: list[tuple[int, ...]], all_beams: list[int], *, tied: boo
     """The search's lists and scores are those of plain_beams; with a beam for each beginning, those of all sequences."""
     model = small_model("qwen2", 30, tie_word_embeddings=tied).eval()
     prompts = [np.array([3, 21, 22, 23, 24][:size] + [25] * extra) for size, extra in ((5, 1), (3, 0), (5, 4))]
-    sequences = score_sequences(sids, 0)
+    sequences = sequences_of(sids, 0)
     for sid, sequence in zip(sids, sequences, strict=True):
         ambiguous = any(sid[: len(other)] == other or other[: len(sid)] == sid for other in sids if other != sid)
         assert sequence == [*sid, 0] if ambiguous else sequence == list(sid)
-    trie = build_trie(sequences)
+    trie = table_of(sequences)
+    asked = [*sids, *(sid[:-1] for sid in sids), *((*sid, 29) for sid in sids), (29,), (29, 3)]
+    assert trie.numbers_of(asked, 0) == [sids.index(sid) if sid in sids else -1 for sid in asked]
     numbers = {tuple(sequence): number for number, sequence in enumerate(sequences)}
     scores = [prefix_scores(model, prompt, sequences) for prompt in prompts]
     for num_beams, decoder in itertools.product([*all_beams, len(scores[0])], decoders_of(model, prompts)):
@@ -378,7 +389,7 @@ def test_a_model_that_is_not_finite_is_searched_to_the_end_and_its_nan_stands_fi
     sids = random_sids(rng)
     prompts = [np.array([26, 27, 28]), np.array([26, 29])]
     model = small_model("qwen2", 30, tie_word_embeddings=False).eval()
-    trie = build_trie(score_sequences(sids, 0))
+    trie = table_of(sequences_of(sids, 0))
     with torch.no_grad():
         model.get_input_embeddings().weight[1] = torch.nan  # the beams that go on from this token alone
         for decoder, num_beams in itertools.product(decoders_of(model, prompts), (1, 3, 50)):

@@ -20,12 +20,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from stores import FIXED, MIXED, arguments_of, catalogue_of, shop_rows, write_store
+from stores import FIXED, MIXED, arguments_of, catalogue_of, sequences_of, shop_rows, table_of, write_store
 from test_recommend_file import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import evaluate
-from sid_sft.recommend.beam_search import build_trie, score_sequences
 from sid_sft.recommend.evaluator import Evaluator
 from sid_sft.serving import export
 from sid_sft.serving.legal_sids import LegalSids, RequestLegalSids, SglangLegalSids, SidTrie, VllmLegalSids
@@ -36,9 +35,9 @@ END = 0
 
 
 def trie_of(sids: list[tuple[int, ...]], **changes: int) -> SidTrie:
-    trie = build_trie(score_sequences(sids, END))
+    trie = table_of(sequences_of(sids, END))
     numbers = {"depth": trie.depth, "end_id": END, "prompt_ends_with_text": 1, "format": 1, **changes}
-    arrays = {name: getattr(trie, name).numpy() for name in ("start", "token", "leaf")}
+    arrays = {name: getattr(trie, name).long().numpy() for name in ("start", "token", "leaf")}
     return SidTrie(arrays | {name: np.array(value) for name, value in numbers.items()})
 
 
@@ -78,7 +77,7 @@ def test_rows_of_different_lengths_are_masked_as_each_alone():
 
 def test_generated_tokens_name_their_sid_and_nothing_else_does():
     trie = trie_of(SIDS)
-    assert [trie.sid_of(score_sequences(SIDS, END)[number]) for number in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert [trie.sid_of(sequences_of(SIDS, END)[number]) for number in range(6)] == [0, 1, 2, 3, 4, 5]
     assert trie.sid_of([1, 5, END, END]) == 0
     assert [trie.sid_of(tokens) for tokens in ([], [3], [4, 5], [9], [1, 7], [3, 7])] == [-1] * 6
 
@@ -135,7 +134,7 @@ def test_the_export_has_the_model_the_catalogue_and_the_module(served):
     }
     tokenizer, trie = AutoTokenizer.from_pretrained(folder / "model"), SidTrie.load(folder / "sid_trie.npz")
     ids = [tokenizer(sid)["input_ids"] for sid in sids]
-    sequences = score_sequences([tuple(row) for row in ids], tokenizer.eos_token_id)
+    sequences = sequences_of([tuple(row) for row in ids], tokenizer.eos_token_id)
     assert [trie.sid_of(row) for row in sequences] == list(range(len(sids)))
     assert trie.prompt_ends_with_text
 

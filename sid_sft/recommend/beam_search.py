@@ -1,8 +1,8 @@
 """Constrained beam search: the catalogue's SIDs as a table on the device, all beams of a user in one sequence.
 
-    trie    = build_trie(score_sequences(sids, end_id), device)
-    decoder = SharedPromptDecoder(model, template)            # keys and values of the common beginning, once
-    found   = search(decoder, trie, prompts, num_beams=50)    # SID numbers and their log probabilities, best first
+    trie    = build_trie(score_sequences(sids, end_id), device)    # the catalogue, see trie.py
+    decoder = SharedPromptDecoder(model, template)                 # keys and values of the common beginning, once
+    found   = search(decoder, trie, prompts, num_beams=50)         # SID numbers and their log probabilities, best first
 
 The score of a SID is the sum of log p of its tokens under the model, normalised over the whole vocabulary: no length
 penalty, nothing renormalised over the allowed tokens. Where one SID is a prefix of another, the end token tells them
@@ -39,88 +39,11 @@ from sid_sft.forward.architecture import (
 )
 from sid_sft.forward.prefix_plan import GPU_LIMITS
 from sid_sft.forward.trees import additive_masks, common_prefix, pad
+from sid_sft.recommend.trie import Trie
 
 CACHED_LOGITS = 1_000_000  # logits held at a time on a CPU, in values: 4 MB stay in its cache
 OWN_BEAMS = 16  # sequences of one forward where a model's own forward is all that is known to be right
 SLACK = 1e-3  # of a score: what rounding may add to it when the same logit comes out of two matrix products
-
-
-# ---------------------------------------------------------------------------------------------- the catalogue
-
-
-def score_sequences(sids: list[tuple[int, ...]], end_id: int) -> list[list[int]]:
-    """For each SID the token ids whose log p are summed: the SID's tokens, and the end token where one SID is a prefix of
-    another. The SIDs must be distinct; then no sequence is a prefix of another.
-
-    [(1, 5), (1, 5, 9), (2, 6)] with end 0 -> [[1, 5, 0], [1, 5, 9, 0], [2, 6]].
-    """
-    whole = set(sids)
-    begun = {sid[:size] for sid in whole for size in range(1, len(sid))}
-    beginnings = whole & begun
-    return [
-        [*sid, end_id] if sid in beginnings or any(sid[:size] in beginnings for size in range(1, len(sid))) else list(sid)
-        for sid in sids
-    ]
-
-
-class Trie(NamedTuple):
-    """Token sequences, none of which is a prefix of another, as a tree in CSR form; node 0 is the root.
-
-    The children of node n are the nodes start[n] .. start[n + 1] - 1. token (N,): the token of a node. leaf (N,): the number
-    of the sequence that ends at a node, or -1. column (N,): the place of a node's token in level_tokens of its level.
-    sequences: how many sequences there are. Per level below the root: level_tokens, its distinct tokens, ascending; fan_out,
-    the most children that one node of the level above has; inner, how many of its nodes have children; ends, whether a
-    sequence ends at one of its nodes.
-    """
-
-    start: Tensor
-    token: Tensor
-    leaf: Tensor
-    column: Tensor
-    sequences: int
-    level_tokens: list[Tensor]
-    fan_out: list[int]
-    inner: list[int]
-    ends: list[bool]
-
-    @property
-    def depth(self) -> int:
-        return len(self.fan_out)
-
-
-def build_trie(sequences: list[list[int]], device: torch.device | str = "cpu") -> Trie:
-    """[[1, 5], [1, 6], [2, 5]] -> token [0, 1, 2, 5, 6, 5], start [1, 3, 5, 6, 6, 6, 6], leaf [-1, -1, -1, 0, 1, 2], column
-    [0, 0, 1, 0, 1, 0], sequences 3, level_tokens [[1, 2], [5, 6]], fan_out [2, 2], inner [2, 0], ends [False, True]."""
-    matrix = pad([np.array(sequence) for sequence in sequences], fill=-1)
-    order = np.lexsort(matrix.T[::-1])
-    matrix = matrix[order]
-    lengths = (matrix >= 0).sum(1)
-    differs = np.zeros(len(matrix), dtype=bool)  # from the row before, within the levels seen so far
-    differs[0] = True
-    above = np.zeros(len(matrix), dtype=np.int64)  # the node that each row has reached
-    parents, tokens, leaves, columns = [np.array([-1])], [np.array([0])], [np.array([-1])], [np.array([0])]
-    level_tokens = []
-    fan_out, inner, ends, nodes = [], [], [], 1
-    for level in range(matrix.shape[1]):
-        differs[1:] |= matrix[1:, level] != matrix[:-1, level]
-        alive = lengths > level
-        first = alive & differs
-        ending = np.where(lengths[first] == level + 1, order[first], -1)
-        parents.append(above[first])
-        tokens.append(matrix[first, level])
-        leaves.append(ending)
-        distinct, column = np.unique(tokens[-1], return_inverse=True)
-        level_tokens.append(torch.from_numpy(distinct).to(device))
-        columns.append(column)
-        fan_out.append(int(np.bincount(above[first]).max()))
-        inner.append(int((ending < 0).sum()))
-        ends.append(bool((ending >= 0).any()))
-        above = np.where(alive, nodes + np.cumsum(first) - 1, -1)
-        nodes += int(first.sum())
-    start = np.searchsorted(np.concatenate(parents), np.arange(nodes + 1))
-    arrays = (start, *map(np.concatenate, (tokens, leaves, columns)))
-    tensors = (torch.from_numpy(array).to(device) for array in arrays)
-    return Trie(*tensors, len(sequences), level_tokens, fan_out, inner, ends)
 
 
 # ---------------------------------------------------------------------------------------------- the model by levels
@@ -360,7 +283,7 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
     finished = Found(node[:, :0], score[:, :0])
     wanted = min(num_beams, trie.sequences)
     for level in range(trie.depth):
-        child = trie.start[node][:, :, None] + torch.arange(trie.fan_out[level], device=device)
+        child = trie.start[node].long()[:, :, None] + torch.arange(trie.fan_out[level], device=device)
         alive = score != -torch.inf  # the node of a surplus beam means nothing; the root's children would be found again
         exists = (child < trie.start[node + 1][:, :, None]) & alive[:, :, None]
         child = child.where(exists, 0)
@@ -370,19 +293,19 @@ def search(decoder: Decoder, trie: Trie, prompts: list[np.ndarray], num_beams: i
             hidden,
             score,
             trie.level_tokens[level],
-            trie.column[child],
+            trie.column[child].long(),
             exists,
             child[0].numel() if both else num_beams,
         ).flatten(1)
         child = child.flatten(1)
-        leaf = trie.leaf[child]
+        leaf = trie.leaf[child].long()
         if trie.ends[level]:
             pool = torch.cat([finished.score, total.masked_fill(leaf < 0, -torch.inf)], dim=1)
             finished = best(torch.cat([finished.leaf, leaf], dim=1), pool, wanted)
         if trie.inner[level]:
             score, picked = total.masked_fill(leaf >= 0, -torch.inf).topk(min(num_beams, trie.inner[level], total.shape[1]))
             node = child.gather(1, picked)
-            hidden = decoder.advance(trie.token[node], picked // trie.fan_out[level])
+            hidden = decoder.advance(trie.token[node].long(), picked // trie.fan_out[level])
     return finished._replace(leaf=finished.leaf.masked_fill(finished.score == -torch.inf, -1))
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sid_sft.recommend.beam_search import Decoder
+    from sid_sft.recommend.trie import Trie
 
 logger = logging.getLogger("sft.evaluator")
 
@@ -73,7 +74,8 @@ class Evaluator:
         exclude_history: bool = False,
         model_name: str = "the model",
     ) -> None:
-        from sid_sft.recommend.beam_search import common_template, score_sequences
+        from sid_sft.recommend.beam_search import common_template
+        from sid_sft.recommend.trie import score_sequences, sid_matrix
 
         self.num_beams, self.end_id, self.model_name = num_beams, tokenizer.eos_token_id, model_name
         self.table = sid_table(catalogue, Counter())
@@ -86,8 +88,9 @@ class Evaluator:
             )
         self.prompts = [np.array(example.input_ids[: example.prompt_len]) for example in examples]
         self.template = common_template(self.prompts)
-        self.sids = [tuple(tokenizer.convert_tokens_to_ids(list(sid))) for sid in self.table.sids]
+        self.sids = sid_matrix(self.table.sids, ids_of_tokens(tokenizer, self.table.sids))
         self.sequences = score_sequences(self.sids, self.end_id)
+        self.trie: Trie | None = None  # on the device of the model, once it is seen
         histories = [row.history if exclude_history else () for row in rows]
         self.excluded = [sorted({self.table.of_item[place] for place in history}) for history in histories]
         self.batches = batches_of([*zip(map(len, self.excluded), map(len, self.prompts), strict=True)], batch_size)
@@ -99,9 +102,9 @@ class Evaluator:
         """The best SIDs for every row. before_batch: called as often on every process, and may raise to stop them all."""
         import torch
 
-        from sid_sft.recommend.beam_search import build_trie, search, without
+        from sid_sft.recommend.beam_search import search, without
 
-        trie = build_trie(self.sequences, model.device)
+        trie = self.trie_on(model.device)
         width = min(self.num_beams, len(self.sequences))
         sid = torch.zeros(len(self.prompts), width, dtype=torch.int64, device=model.device)
         score = torch.zeros(len(self.prompts), width, dtype=torch.float64, device=model.device)
@@ -128,7 +131,7 @@ class Evaluator:
         """
         from sid_sft.recommend.beam_search import search_freely
 
-        levels, width = max(map(len, self.sids)), min(self.num_beams, len(self.sids))
+        levels, width = self.sids.shape[1], min(self.num_beams, len(self.sids))
         written = []
         with evaluating(model):
             decoder = self.decoder(model)
@@ -158,6 +161,13 @@ class Evaluator:
             own = [*own, np.zeros(0, np.int64)]
         yield from tqdm(own, desc="Recommending", unit="batch", disable=not progress or process > 0)
 
+    def trie_on(self, device: torch.device) -> Trie:
+        from sid_sft.recommend.trie import build_trie
+
+        if self.trie is None or self.trie.start.device != device:
+            self.trie = build_trie(self.sequences, device)
+        return self.trie
+
     def decoder(self, model: PreTrainedModel) -> Decoder:
         if self.make_decoder is None:
             self.make_decoder = self.choose_decoder(model)
@@ -168,9 +178,9 @@ class Evaluator:
         import torch
 
         from sid_sft.forward.architecture import why_not_exact
-        from sid_sft.recommend.beam_search import OwnForwardDecoder, WholeSequenceDecoder, build_trie, search
+        from sid_sft.recommend.beam_search import OwnForwardDecoder, WholeSequenceDecoder, search
 
-        trie = build_trie(self.sequences, model.device)
+        trie = self.trie_on(model.device)
         two = [self.prompts[i] for i in self.batches[0][:2]]
         expected = search(OwnForwardDecoder(model), trie, two, TRIAL_BEAMS).score
         if not can_rank(expected):
@@ -199,6 +209,12 @@ class Evaluator:
         from sid_sft.recommend.beam_search import SharedPromptDecoder
 
         return SharedPromptDecoder(model, self.template)
+
+
+def ids_of_tokens(tokenizer: PreTrainedTokenizerBase, sids: list[tuple[str, ...]]) -> dict[str, int]:
+    """Token -> id, for the tokens of some SIDs."""
+    tokens = sorted({token for sid in sids for token in sid})
+    return dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
 
 
 def batches_of(keys: list[tuple[int, int]], batch_size: int) -> list[np.ndarray]:

@@ -93,9 +93,9 @@ def free_rows(evaluator: Evaluator, model: PreTrainedModel, seed: int) -> Free:
     """What the same model does without the constraint, on a sample of the rows."""
     count = min(FREE_ROWS, len(evaluator.prompts))
     rows = np.sort(np.random.default_rng(seed).choice(len(evaluator.prompts), count, replace=False))
-    number = {sid: place for place, sid in enumerate(evaluator.sids)}
-    found = [[number.get(tokens) for tokens in beams] for beams in evaluator.recommend_freely(model, rows)]
-    wrong = [[sid is None for sid in beams] for beams in found]
+    trie = evaluator.trie_on(model.device)
+    found = [trie.numbers_of(beams, evaluator.end_id) for beams in evaluator.recommend_freely(model, rows)]
+    wrong = [[number < 0 for number in beams] for beams in found]
     hits = [evaluator.targets[i] in beams[:10] for i, beams in zip(rows, found, strict=True)]
     first_ten = [share for beams in wrong for share in beams[:10]]
     return Free(count, float(np.mean(wrong)), float(np.mean(first_ten)), float(np.mean(hits)))

@@ -93,12 +93,10 @@ def trie_arrays(
     tokenizer: PreTrainedTokenizerBase, catalogue: Catalogue, table: SidTable, wording: Wording, task: str
 ) -> dict[str, np.ndarray]:
     """The arrays of sid_trie.npz, see SidTrie."""
-    from sid_sft.recommend.beam_search import build_trie, score_sequences
+    from sid_sft.recommend.trie import build_trie, score_sequences, sid_matrix
     from sid_sft.serving.legal_sids import FORMAT
 
-    ids = tokenizer.get_vocab()
-    sids = [tuple(ids[token] for token in sid) for sid in table.sids]
-    trie = build_trie(score_sequences(sids, tokenizer.eos_token_id))
+    trie = build_trie(score_sequences(sid_matrix(table.sids, tokenizer.get_vocab()), tokenizer.eos_token_id))
     encoder = Encoder(tokenizer, catalogue, wording.prompts, cutoff_len=0)
     titled = next((place for place, item in enumerate(catalogue.items) if item.title), 0)
     (prompt,) = encoder.prompt_ids(TASKS[task], [Row("", (titled,), titled)])
@@ -108,7 +106,7 @@ def trie_arrays(
         "prompt_ends_with_text": int(prompt[-1] not in encoder.sid_token_ids),
         "format": FORMAT,
     }
-    arrays = {"start": trie.start.numpy(), "token": trie.token.numpy(), "leaf": trie.leaf.numpy()}
+    arrays = {name: getattr(trie, name).numpy().astype(np.int64) for name in ("start", "token", "leaf")}
     return arrays | {name: np.array(value, dtype=np.int64) for name, value in numbers.items()}
 
 

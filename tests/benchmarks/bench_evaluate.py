@@ -62,13 +62,14 @@ def main() -> None:
     )
     evaluator.decoder(model)  # the trial that chooses the decoder is made once a run
 
+    sids_of_all = [tuple(row[row >= 0].tolist()) for row in evaluator.sids]
     allowed = defaultdict(set)
-    for sid in evaluator.sids:
+    for sid in sids_of_all:
         for level, token in enumerate(sid):
             allowed[sid[:level]].add(token)
     allowed = {written: sorted(tokens) for written, tokens in allowed.items()}
-    number = {sid: place for place, sid in enumerate(evaluator.sids)}
-    depth, pad = max(map(len, evaluator.sids)), tokenizer.eos_token_id
+    number = {sid: place for place, sid in enumerate(sids_of_all)}
+    depth, pad = max(map(len, sids_of_all)), tokenizer.eos_token_id
 
     @torch.no_grad()
     def generate() -> tuple[np.ndarray, np.ndarray]:
