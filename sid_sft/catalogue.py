@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from sid_sft.files import InputError, join_or, one_line, read_json, shown
+from sid_sft.files import InputError, join_or, one_line, read_json, shown, without_garbage_collection
 
 logger = logging.getLogger("sft.catalogue")
 
@@ -47,13 +47,16 @@ def read_index(path: Path) -> dict[str, tuple[str, ...]]:
     index = read_json(path, expected)
     if not isinstance(index, dict) or not index:
         raise InputError(f"{path}: holds no items; expected {expected}")
+    known: dict[str, str] = {}  # the tokens met so far: each is checked once, and stands in memory once
     for item, tokens in index.items():
         if not isinstance(tokens, list) or not tokens:
             raise InputError(f"{path}: item {shown(item)} has {shown(tokens)} for a SID; expected {expected}")
         for token in tokens:
-            if not isinstance(token, str) or not re.fullmatch(r"<[^<>\s]+>", token):
+            if not isinstance(token, str) or (token not in known and not re.fullmatch(r"<[^<>\s]+>", token)):
                 raise InputError(f"{path}: item {shown(item)} has the token {shown(token)}; expected {expected}")
-    return {item: tuple(tokens) for item, tokens in index.items()}
+            known.setdefault(token, token)
+        index[item] = tuple([known[token] for token in tokens])
+    return index
 
 
 TITLE_TYPES = (str, int, float, type(None))
@@ -112,6 +115,7 @@ def unescaped(text: str) -> str:
     return text
 
 
+@without_garbage_collection()
 def read_catalogue(index_path: Path, item_path: Path | None) -> Catalogue:
     """The items of the index, with their titles where an item file is given; logs depths, shared SIDs and missing titles."""
     index = read_index(index_path)
@@ -123,7 +127,7 @@ def read_catalogue(index_path: Path, item_path: Path | None) -> Catalogue:
         )
     items = [Item(item, sid, titles.get(item, "")) for item, sid in index.items()]
     log_catalogue(items, len(titles.keys() - index.keys()), with_titles=bool(titles))
-    return Catalogue(items, {item.id: position for position, item in enumerate(items)})
+    return Catalogue(items, dict(zip(index, range(len(items)), strict=True)))
 
 
 def log_catalogue(items: list[Item], unindexed: int, *, with_titles: bool) -> None:

@@ -14,6 +14,7 @@ The lowest module of sid_sft: it imports no other.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -67,6 +68,18 @@ def error_text(error: Exception) -> str:
     """An exception as one line: FileNotFoundError(2, "No such file or directory", ...) -> "No such file or directory"."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """While millions of objects are made, none of them in a cycle, Python's search for cycles takes half the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_json(path: Path, expected: str) -> Any:

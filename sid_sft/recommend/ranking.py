@@ -39,8 +39,11 @@ def sid_table(catalogue: Catalogue, popularity: Counter[int]) -> SidTable:
     number: dict[tuple[str, ...], int] = {}
     of_item = [number.setdefault(item.sid, len(number)) for item in catalogue.items]
     items: list[list[int]] = [[] for _ in number]
-    for place in sorted(range(len(of_item)), key=lambda place: -popularity[place]):
-        items[of_item[place]].append(place)
+    for place, sid in enumerate(of_item):
+        items[sid].append(place)
+    for places in items:
+        if len(places) > 1:
+            places.sort(key=lambda place: -popularity[place])
     return SidTable(list(number), of_item, items)
 
 
@@ -163,7 +166,9 @@ def breadth(lists: Lists, rows: list[Row], table: SidTable, popularity: Counter[
     coverage: share of the distinct SIDs that stand among the first k of some row. popularity: mean training count of
     the first k SIDs over that of the targets; 1 is as popular as what users buy, more leans to the popular.
     """
-    counts = np.array([sum(popularity[item] for item in items) for items in table.items], dtype=float)
+    counts = np.zeros(len(table.sids))
+    for item, count in popularity.items():
+        counts[table.of_item[item]] += count
     shown = np.array([number for ranked in lists for number in ranked[:k]], dtype=np.int64)
     found = {f"coverage@{k}": len(np.unique(shown)) / len(table.sids)}
     bought = counts[[table.of_item[row.item] for row in rows]].mean()
