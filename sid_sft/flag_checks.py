@@ -150,13 +150,11 @@ def check_distribution(flags: TrainFlags) -> None:
     version = os.environ.get("FSDP_VERSION", "1")  # as accelerate has it
     if asked(ACCELERATE_FSDP) and version != "2":
         raise InputError(
-            f"FSDP version {shown(version)} is not supported; set fsdp_version: 2 in accelerate's configuration, or start with "
-            "torchrun (as sft.sh does) and --fsdp True"
+            f"FSDP version {shown(version)} is not supported; start with torchrun (as sft.sh does) and --fsdp True, or set "
+            "fsdp_version: 2 in accelerate's configuration"
         )
     if world_size() == 1:
-        raise InputError(
-            "--fsdp True shards the model over processes, and this is one; start several with torchrun or sft.sh"
-        )
+        raise InputError("--fsdp True shards the model over processes, and this is one; start several with torchrun")
     if flags.auto_micro_batch:
         raise InputError(
             "--auto_micro_batch True cannot compute a step again with --fsdp True, where all processes compute it together; "

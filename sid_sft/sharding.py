@@ -62,8 +62,8 @@ class Outermost(nn.Module):
 def shard(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, keep_tables: bool) -> None:
     """Leaves each process a slice of every block and, unless `keep_tables`, of the tables; on a device, in a dtype.
 
-    The model has the same values on all processes before. It is sliced block by block in the dtype in which it was loaded, and
-    what transformers loads is mapped from its files: only the process's own rows are ever read into memory.
+    The model has the same values on all processes before. It is sliced block by block in the dtype in which it was loaded,
+    and what transformers loads is mapped from its files: only the process's own rows are ever read into memory.
     """
     blocks = blocks_of(model)
     check_apart(model, blocks)
@@ -91,7 +91,7 @@ def shard_like(model: PreTrainedModel, other: PreTrainedModel) -> None:
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself in another dtype."""
-    getattr(model, "outermost", model).to(dtype)
+    (model.outermost if is_sharded(model) else model).to(dtype)
     return model
 
 
@@ -270,8 +270,7 @@ def folder_of_all(folder: Path, model: PreTrainedModel) -> Iterator[Path]:
 
 
 def save_whole(model: PreTrainedModel, folder: Path) -> None:
-    """model.save_pretrained(folder); of a sharded model, which all processes call, rank 0 writes, and holds the content of one
-    file at a time."""
+    """model.save_pretrained(folder); all processes call where it is sharded, and rank 0 writes file by file."""
     if not is_sharded(model):
         model.save_pretrained(folder)
         return
@@ -283,8 +282,8 @@ def save_whole(model: PreTrainedModel, folder: Path) -> None:
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=FILE_SIZE)
     if rank() == 0:
         model.save_pretrained(folder, state_dict={})  # all but the weights
-        for file in folder.glob("*.safetensors*"):
-            file.unlink()
+        for empty in folder.glob("model*.safetensors*"):
+            empty.unlink()
     for file, names in plan.filename_to_tensors.items():
         content = {}
         for name in names:
