@@ -72,7 +72,7 @@ def shard(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, k
         fully_shard(block, mesh=mesh)
         block.to(dtype)
     outermost = Outermost(model)
-    kept = set(tables_of(model).values()) if keep_tables else None
+    kept = {*tables_of(model).values(), *model.get_output_embeddings().parameters()} if keep_tables else None
     fully_shard(outermost, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     outermost.to(device, dtype)
     for module in outermost.modules():
@@ -208,20 +208,27 @@ class Shards:
         """Copies the rows that this process holds of a tensor from the files that have them."""
         if name not in self.names:
             raise InputError(f"{self.folder}: its shards lack {name}; they are of another model")
-        own = local(target)
-        if not isinstance(target, DTensor):
-            own.copy_(self.files[0].get_tensor(name))
-            return
-        processes, process = target.device_mesh.size(), target.device_mesh.get_local_rank()
-        first = process * -(-len(target) // processes)  # as torch.chunk has it: every process but the last ones has as many
-        at = 0
+        if isinstance(target, DTensor):
+            first, end = own_places(len(target), *place())
+            local(target).copy_(self.rows(name, first, end))
+        else:
+            target.copy_(self.files[0].get_tensor(name))
+
+    def rows(self, name: str, first: int, end: int) -> Tensor:
+        """The rows `first` to `end` - 1 of a tensor; those of a shard follow on those of the shard before."""
+        parts, start = [], 0
         for file in self.files:
-            rows = file.get_slice(name)
-            size = rows.get_shape()[0]
-            low, high = max(first, at), min(first + len(own), at + size)
-            if low < high:
-                own[low - first : high - first].copy_(rows[low - at : high - at])
-            at += size
+            held = file.get_slice(name)
+            size = held.get_shape()[0]
+            parts.append(held[min(max(first - start, 0), size) : min(max(end - start, 0), size)])
+            start += size
+        return torch.cat(parts)
+
+
+def own_places(count: int, process: int, processes: int) -> tuple[int, int]:
+    """The first of `count` rows that a process holds, and the end of its rows: of 5 rows three processes hold 2, 2 and 1."""
+    most = -(-count // processes)  # as torch.chunk has it
+    return min(process * most, count), min((process + 1) * most, count)
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import align_special_tokens
 
@@ -30,6 +29,8 @@ from sid_sft.faults import fitted
 from sid_sft.files import FaultHere, InputError, follow_umask
 from sid_sft.forward.choose import Forward, agreed, choose_forward
 from sid_sft.forward.examples import Examples
+from sid_sft.forward.frozen_prefix import FrozenPrefix
+from sid_sft.log_lines import LogLines, readable
 from sid_sft.private_doors import ResumesFromOwnFiles, closed_doors, installed
 from sid_sft.run_keeper import RunEnded, RunKeeper
 from sid_sft.running_sums import RunningSums, summed
@@ -49,22 +50,6 @@ Result = TypeVar("Result")
 
 SCHEDULES_OF_METRICS = ("reduce_lr_on_plateau", "greedy")
 NEVER = torch.iinfo(torch.int64).max  # no step of any run
-
-
-class LogLines(ProgressCallback):
-    """The Trainer's progress bars, with each entry of the log as one readable line."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            numbers = ", ".join(f"{name} {readable(value, 4)}" for name, value in logs.items() if name != "epoch")
-            with logging_redirect_tqdm([logging.getLogger()]):
-                logger.info(f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.2f}: {numbers}")
-
-    def close(self) -> None:
-        """Ends the bars of a run that ends before its last step, so that nothing is drawn after its last line."""
-        for bar in (self.training_bar, self.prediction_bar):
-            if bar is not None:
-                bar.close()
 
 
 class PutOff(Exception):
@@ -230,7 +215,10 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
 
     def share(self, forward: Forward, indices: np.ndarray) -> list[tuple[np.ndarray, bool]]:
         """This process's micro-batches of the examples, with True, and as many more as `even` has it, with False."""
-        return even(deal(forward.cut(indices, self.args.world_size), self.args.world_size), self.args.process_index)
+        parts = even(deal(forward.cut(indices, self.args.world_size), self.args.world_size), self.args.process_index)
+        if self.sharded and isinstance(forward, FrozenPrefix):
+            forward.expect([part for part, _ in parts])
+        return parts
 
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer steps."""
@@ -437,10 +425,3 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             load_weights(folder, self.model)
         self.loaded = self.own_files
         return self.loaded
-
-
-def readable(value: float, digits: int = 7) -> float:
-    """A number with the digits that a log needs: seven to compare runs, four to read."""
-    if isinstance(value, Tensor):
-        value = value.item()
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

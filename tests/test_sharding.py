@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,16 +14,19 @@ import torch.distributed as dist
 from architectures import SIDS, TOKENS, toy_examples
 from conftest import run_command, small_model
 from families import small_family
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sft
 from sid_sft.files import InputError
 from sid_sft.finite import broken_weights
 from sid_sft.forward.architecture import blocks_of, tables_of
+from sid_sft.forward.frozen_prefix import Calls, FrozenPrefix
 from sid_sft.forward.plain import PlainForward
-from sid_sft.sharding import Shards, even, gathered, local, save_shard, shard, whole
+from sid_sft.sharding import Shards, even, gathered, local, own_places, save_shard, shard, shard_file, whole
 from sid_sft.sid_rows import base_hash, differing_values
+from sid_sft.tasks import DEFAULT_TASKS
 
 RUN = {
     "freeze_LLM": False,
@@ -146,6 +150,63 @@ def test_shards_that_are_not_all_there_are_refused(tmp_path):
         Shards(tmp_path)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 40_000, 10**7])  # nothing, labels and some keys, all
+def test_the_calls_of_a_frozen_prefix_are_known_before_they_are_made(cache_bytes):
+    model = small_family("qwen3", TOKENS + SIDS)
+    ids = list(range(TOKENS, TOKENS + SIDS))
+    rows = sft.freeze_llm(model, ids, [f"<{i}>" for i in ids])
+    forward = FrozenPrefix(model, rows, toy_examples(), 4, cache_bytes=cache_bytes)
+    parts = [part.indices for part in forward.cut(np.arange(0, 96, 5))]
+    made = []
+    expected = forward.count_calls(parts)
+    for part in parts:
+        before = forward.calls
+        forward.nll(part)
+        made.append(forward.calls - before)
+    assert made == [sum(calls) for calls in expected]
+    assert {calls.tail for calls in expected} == {0, 1}
+    again = [calls.static for calls in forward.count_calls(parts)]
+    assert (sum(again) == 0) == (cache_bytes == 10**7)
+
+
+def test_idle_calls_change_no_loss_and_no_gradient():
+    def loss_and_gradient(expected: list[Calls]) -> tuple[list[float], torch.Tensor, float]:
+        model = small_family("qwen3", TOKENS + SIDS)
+        ids = list(range(TOKENS, TOKENS + SIDS))
+        rows = sft.freeze_llm(model, ids, [f"<{i}>" for i in ids])
+        forward = FrozenPrefix(model, rows, toy_examples(), 4)
+        parts = [part.indices for part in forward.cut(np.arange(0, 96, 5))]
+        forward.expected = expected * len(parts)
+        before, found = forward.calls, []
+        for part in parts:
+            loss = forward.nll(part).sum()
+            loss.backward()
+            found.append(float(loss.detach()))
+        assert not forward.expected
+        return found, rows.masters[0].grad, (forward.calls - before) / len(parts)
+
+    alone, alone_gradient, _ = loss_and_gradient([])
+    among, among_gradient, calls = loss_and_gradient([Calls(static=7, tail=1)])
+    assert among == alone
+    assert torch.equal(among_gradient, alone_gradient)
+    assert calls == 8
+
+
+def test_shards_of_any_number_of_processes_are_read_by_any_other(tmp_path):
+    for count in (1, 2, 5, 7):
+        values = torch.arange(3 * count).view(count, 3)
+        for wrote in (1, 2, 3, 4):
+            folder = tmp_path / f"{count} {wrote}"
+            folder.mkdir()
+            chunks = [*values.chunk(wrote), *[values[:0]] * wrote][:wrote]
+            for process, chunk in enumerate(chunks):
+                assert [*range(*own_places(count, process, wrote))] == (chunk[:, 0] // 3).tolist()
+                save_file({"weight/x": chunk.contiguous()}, shard_file(folder, process, wrote))
+            for read in (1, 2, 3, 6):
+                places = [own_places(count, process, read) for process in range(read)]
+                assert torch.equal(torch.cat([Shards(folder).rows("weight/x", *place) for place in places]), values)
+
+
 # ---------------------------------------------------------------------------------------------- several processes
 
 
@@ -200,11 +261,12 @@ def test_a_sharded_run_is_that_of_one_process_and_is_resumed_exactly(flags, tmp_
 
 
 def test_a_frozen_model_is_sharded_and_its_rows_train_as_in_a_whole_one(flags, tmp_path):
-    changes = {**RUN, "freeze_LLM": True, "learning_rate": None, "frozen_prefix": False, "max_steps": 10}
+    changes = {**RUN, "freeze_LLM": True, "learning_rate": None, "tasks": ",".join(DEFAULT_TASKS), "sample": 12}
     done(run_command(*flags(**changes, output_dir=tmp_path / "whole"), processes=2))
     accelerate = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # means --fsdp True
     log = done(run_command(*flags(**changes, output_dir=tmp_path / "sharded"), processes=2, env=accelerate))
     assert "frozen values changed: 0" in log
+    assert re.search("Frozen prefix: .* loss equal to the model's own", log)
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
     rows, expected = (
         load_file(tmp_path / name / "final_checkpoint" / "sid_rows.safetensors") for name in ("sharded", "whole")

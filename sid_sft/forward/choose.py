@@ -85,8 +85,7 @@ def choose_forward(
 
     ways: list[tuple[str, Callable[[], Forward], str]] = []  # name, how it is built, why it cannot be exact ("": try it)
     if frozen_prefix and rows is not None:
-        unequal = "what it keeps is computed when a process first needs it, and a sharded model by all at once"
-        ways.append(("Frozen prefix", frozen, unequal if is_sharded(model) else reason))
+        ways.append(("Frozen prefix", frozen, reason))
     if group_users:
         ways.append(("Users as trees", lambda: PlainForward(model, examples, micro_batch_size, group_users=True), reason))
     ways.append(("Plain forward", lambda: PlainForward(model, examples, micro_batch_size), ""))

@@ -1,8 +1,8 @@
 """Peak memory of each process of a run, to its very end, for results/sharded.md:
 
-    python tests/benchmarks/bench_sharded.py make output/sharded          # the demo's shop and a random Llama of 308 M numbers
-    python tests/benchmarks/bench_sharded.py train FLAGS OF sft.py
-    python -m torch.distributed.run --standalone --nproc_per_node 2 tests/benchmarks/bench_sharded.py train FLAGS OF sft.py
+python tests/benchmarks/bench_sharded.py make output/sharded          # the demo's shop and a random Llama of 308 M numbers
+python tests/benchmarks/bench_sharded.py train FLAGS OF sft.py
+python -m torch.distributed.run --standalone --nproc_per_node 2 tests/benchmarks/bench_sharded.py train FLAGS OF sft.py
 """
 
 from __future__ import annotations
