@@ -72,7 +72,10 @@ def shard(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, k
         fully_shard(block, mesh=mesh)
         block.to(dtype)
     outermost = Outermost(model)
-    kept = {*tables_of(model).values(), *model.get_output_embeddings().parameters()} if keep_tables else None
+    kept = None
+    if keep_tables:
+        head = model.get_output_embeddings()
+        kept = {*tables_of(model).values(), *(head.parameters() if head is not None else ())}  # with its bias
     fully_shard(outermost, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     outermost.to(device, dtype)
     for module in outermost.modules():

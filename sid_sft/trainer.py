@@ -272,7 +272,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         elif isinstance(self.model_wrapped, DistributedDataParallel):
             fault = "the model is in a wrapper that sums gradients at every backward"
         elif self.keeper.folder and self.own_files and not self.loaded:
-            fault = "the weights of the checkpoint are not loaded"
+            fault = f"the {'weights' if self.rows is None else 'rows'} of the checkpoint are not loaded"
         if fault:
             raise InputError(f"with {installed()} {fault}; install the versions of requirements.txt")
 
