@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from sid_sft.command_line import rank
-from sid_sft.files import InputError, error_text, whole_folder
+from sid_sft.files import InputError, error_text, follow_umask, whole_folder
 from sid_sft.forward.architecture import blocks_of, tables_of
 
 Result = TypeVar("Result")
@@ -190,7 +190,9 @@ def save_shard(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
         state = optimizer.state.get(weight, {})
         tensors |= {f"{moment}/{name}": local(state[moment]) for moment in MOMENTS if moment in state}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, shard_file(folder, *place()))
+    file = shard_file(folder, *place())
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+    follow_umask(file)
 
 
 class Shards:

@@ -246,18 +246,14 @@ def test_a_sharded_run_is_that_of_one_process_and_is_resumed_exactly(flags, tmp_
     assert model(ids).logits.isfinite().all()
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in weights(tmp_path / "two").items())
 
-    for processes in (2, 3):
-        folder = tmp_path / f"resumed by {processes}"
-        shutil.copytree(tmp_path / "two", folder)
-        shutil.rmtree(folder / "checkpoint-20")
-        shutil.rmtree(folder / "final_checkpoint")
-        resumed = flags(**changes, output_dir=folder, fsdp=True, resume_from_checkpoint=True)
-        log = done(run_command(*resumed, processes=processes))
-        assert f"Resuming from {folder / 'checkpoint-10'}" in log
-        assert losses(folder) == (two if processes == 2 else pytest.approx(two, rel=1e-5))
-        for name, weight in weights(folder).items():
-            if processes == 2:
-                assert torch.equal(weight, weights(tmp_path / "two")[name])
+    folder = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "two", folder)
+    shutil.rmtree(folder / "checkpoint-20")
+    shutil.rmtree(folder / "final_checkpoint")
+    log = done(run_command(*flags(**changes, output_dir=folder, fsdp=True, resume_from_checkpoint=True), processes=2))
+    assert f"Resuming from {folder / 'checkpoint-10'}" in log
+    assert losses(folder) == two
+    assert all(torch.equal(weight, weights(tmp_path / "two")[name]) for name, weight in weights(folder).items())
 
 
 def test_a_frozen_model_is_sharded_and_its_rows_train_as_in_a_whole_one(flags, tmp_path):
