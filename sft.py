@@ -30,7 +30,7 @@ from sid_sft.dataset_cache import Source, show_examples
 from sid_sft.faults import memory_in_one_line
 from sid_sft.files import InputError
 from sid_sft.finite import check_finite
-from sid_sft.flag_checks import check_training
+from sid_sft.flag_checks import check_training, takes_over_from_accelerate
 from sid_sft.freezing import rows_learning_rate, tell_what_trains, turn_dropout_off
 from sid_sft.hub import open_repository, upload
 from sid_sft.interactions import check_first_row
@@ -120,6 +120,7 @@ def train(flags: TrainFlags) -> None:
     """Fine-tune a causal language model to write the semantic ID of the item that a user will want next."""
     started = time.monotonic()
     check_training(flags)
+    flags = takes_over_from_accelerate(flags)
     files, folders = (REPORT_FILE, CURVES_FILE, STATE_FILE), ("final_checkpoint", "checkpoint-*")
     outputs = OutputFolder(Path(flags.output_dir), files, folders)
     outputs.check()
@@ -148,6 +149,8 @@ def fine_tune(
     import torch
     import transformers
 
+    from sid_sft.forward.recompute import compute_again_in_backward
+    from sid_sft.sharding import shard
     from sid_sft.sid_rows import base_hash
     from sid_sft.trainer import SidTrainer
 
@@ -170,13 +173,21 @@ def fine_tune(
     args = training_arguments(flags)
     check_schedule(args, len(train_data))
     model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code)
-    check_finite(model, f"--base_model {flags.base_model}")
+    if not flags.fsdp:
+        check_finite(model, f"--base_model {flags.base_model}")
     base_dtype = model.dtype
     known_rows = min(known_tokens, len(model.get_input_embeddings().weight))
     rows_to_fill = ids_to_fill(model, tokenizer, tokens, new_ids)
     grow_embeddings(model, vocabulary_size(tokenizer))
     init_rows(model, rows_to_fill, known_rows, flags.seed)
-    model.to(args.device, compute_dtype(flags, base_dtype))  # before the rows are copied, which stay beside it
+    dtype = compute_dtype(flags, base_dtype)  # before the rows are copied, which stay beside the model
+    if flags.fsdp:
+        shard(model, args.device, dtype, keep_tables=flags.freeze_LLM)
+        check_finite(model, f"--base_model {flags.base_model}")  # only now: each process looks at its own rows
+    else:
+        model.to(args.device, dtype)
+    if flags.gradient_checkpointing:
+        compute_again_in_backward(model)
 
     # ---- which train alone, or with everything else
     rows = freeze_llm(model, tokenizer.convert_tokens_to_ids(tokens), tokens) if flags.freeze_LLM else None
@@ -217,11 +228,13 @@ def fine_tune(
     )
     trainer.fit()
     trainer.log_speed(started)
-    if trainer.is_world_process_zero():
+    if rank() == 0:
         trainer.save_state()
-        card = model_card(flags, trainer.state, wording)
         write_run_report(flags, trainer.state, trainer.model, rows)
+    if rank() == 0 or flags.fsdp:
+        card = model_card(flags, trainer.state, wording)
         save_final(flags, trainer.model, tokenizer, rows, wording, base_dtype, card)
+    if rank() == 0:
         logger.info(f"The report of the run is {Path(flags.output_dir) / REPORT_FILE}")
         if flags.push_to_hub:
             upload(Path(flags.output_dir) / "final_checkpoint", flags.push_to_hub)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sid_sft.catalogue import Catalogue
-from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, read_json, shown, whole_folder
+from sid_sft.command_line import rank
+from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, read_json, shown
 from sid_sft.tasks import TASK_GROUPS, category_name, check_prompts
 from sid_sft.vocabulary import add_sid_tokens, grow_embeddings, vocabulary_size
 
@@ -256,26 +257,30 @@ def save_final(
     """Writes output_dir/final_checkpoint: a plain HF folder in the base model's dtype, with the wording beside it.
 
     Nothing unproven is left there: the base that a frozen model came from is loaded again and compared value by value, only
-    its SID rows are set, and the folder is loaded once more and compared with the trained model.
+    its SID rows are set, and the folder is loaded once more and compared with the trained model. Every process that has a
+    part of the model must call; rank 0 writes.
     """
+    from sid_sft.sharding import cast, folder_of_all, save_whole
     from sid_sft.sid_rows import ROWS_FILE
 
     folder = Path(flags.output_dir) / "final_checkpoint"
-    with whole_folder(folder) as scratch:
+    with folder_of_all(folder, model) as scratch:
         if rows is None:
-            final = model.to(base_dtype)
+            final = cast(model, base_dtype)
         else:
             final, digest = base_with_rows(flags, model, tokenizer, rows)
-            rows.save(scratch / ROWS_FILE, digest)
+            if rank() == 0:
+                rows.save(scratch / ROWS_FILE, digest)
         final.config.pad_token_id = tokenizer.pad_token_id
         trust = flags.trust_remote_code
         final.generation_config = plain_generation(flags.base_model, tokenizer, trust_remote_code=trust)
-        final.save_pretrained(scratch)
+        save_whole(final, scratch)
         del final
-        tokenizer.save_pretrained(scratch)
-        content = {"category": category_name(flags.category), "tasks": flags.task_names, "prompts": wording}
-        (scratch / PROMPTS_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False))
-        (scratch / "README.md").write_text(card, encoding="utf-8")
+        if rank() == 0:
+            tokenizer.save_pretrained(scratch)
+            content = {"category": category_name(flags.category), "tasks": flags.task_names, "prompts": wording}
+            (scratch / PROMPTS_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False))
+            (scratch / "README.md").write_text(card, encoding="utf-8")
         check_saved(scratch, model, rows, trust_remote_code=flags.trust_remote_code)
     logger.info(f"Saved the model and tokenizer to {folder}")
 
@@ -308,6 +313,7 @@ def base_with_rows(
 ) -> tuple[PreTrainedModel, str]:
     """The base model, loaded again, with the trained SID rows, and its hash before; proves that no frozen value moved."""
     from sid_sft.forward.architecture import tables_of
+    from sid_sft.sharding import shard_like
     from sid_sft.sid_rows import base_hash, differing_values
 
     base = load_model(flags.base_model, from_scratch=False, trust_remote_code=flags.trust_remote_code)
@@ -315,7 +321,7 @@ def base_with_rows(
     logger.info(f"frozen values changed: {changed}")
     if changed:
         raise InputError(f"{changed} frozen values changed in training; no final_checkpoint was written")
-    digest = base_hash(base, int(rows.ids[0]))
+    digest = base_hash(model, int(rows.ids[0]))  # of the model, whose frozen values are the base's
     sizes = {name: len(weight) for name, weight in tables_of(base).items()}
     grow_embeddings(base, vocabulary_size(tokenizer))
     trained, tables = tables_of(model), tables_of(base)
@@ -323,6 +329,7 @@ def base_with_rows(
         tables[name].data[size:] = trained[name].data[size:].to(tables[name])
     for name, _, master in rows.tables:
         tables[name].data[rows.ids.cpu()] = master.data.to(tables[name])
+    shard_like(model, base)
     return base, digest
 
 

@@ -20,11 +20,17 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
 
 
 def broken_weights(model: PreTrainedModel) -> dict[str, int]:
-    """Weight -> how many of its values are NaN or infinite; {} where all are finite."""
+    """Weight -> how many of its values are NaN or infinite; {} where all are finite.
+
+    Of a model that is sharded each process looks at its own rows, and all processes get the sums.
+    """
+    from sid_sft.sharding import counts_of_all, local
+
+    weights = {name: local(weight.detach()) for name, weight in model.named_parameters()}
     # A sum is not finite if a term is not: a pass without a copy. Finite terms may overflow; then they are counted.
-    suspects = {name: weight for name, weight in model.named_parameters() if not weight.detach().sum().isfinite()}
+    suspects = {name: weight for name, weight in weights.items() if not weight.sum().isfinite()}
     found = {name: int((~weight.isfinite()).sum()) for name, weight in suspects.items()}
-    return {name: count for name, count in found.items() if count}
+    return counts_of_all({name: count for name, count in found.items() if count}, model)
 
 
 def in_words(broken: dict[str, int]) -> str:

@@ -6,6 +6,7 @@ check_evaluating(flags)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -18,6 +19,8 @@ from sid_sft.recommend.histories import READERS
 from sid_sft.serving.export import CONTENT, TRIE_FILE
 from sid_sft.settings import CACHE_DIR, CHANGEABLE, EvaluateFlags, TrainFlags, answers_path, examples_per_step, intervals
 from sid_sft.tasks import TASK_GROUPS, TASKS
+
+ACCELERATE_FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with a configuration for FSDP
 
 
 def check_training(flags: TrainFlags) -> None:
@@ -140,12 +143,35 @@ def check_distribution(flags: TrainFlags) -> None:
     """Refuses what would silently train the wrong thing."""
     if flags.train_from_scratch and flags.freeze_LLM:
         raise InputError("--train_from_scratch with --freeze_LLM would freeze random weights; choose one")
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            why = (
-                "never calls the gradient hook that keeps the other rows frozen" if flags.freeze_LLM else "is not supported"
-            )
-            raise InputError(f"{name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration")
+    if asked("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError("DeepSpeed is not supported; start with torchrun (as sft.sh does) and --fsdp True in its place")
+    if not (flags.fsdp or asked(ACCELERATE_FSDP)):
+        return
+    version = os.environ.get("FSDP_VERSION", "1")  # as accelerate has it
+    if asked(ACCELERATE_FSDP) and version != "2":
+        raise InputError(
+            f"FSDP version {shown(version)} is not supported; start with torchrun (as sft.sh does) and --fsdp True, or set "
+            "fsdp_version: 2 in accelerate's configuration"
+        )
+    if world_size() == 1:
+        raise InputError("--fsdp True shards the model over processes, and this is one; start several with torchrun")
+    if flags.auto_micro_batch:
+        raise InputError(
+            "--auto_micro_batch True cannot compute a step again with --fsdp True, where all processes compute it together; "
+            "leave it out and choose --micro_batch_size"
+        )
+
+
+def asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true")
+
+
+def takes_over_from_accelerate(flags: TrainFlags) -> TrainFlags:
+    """The flags, with --fsdp True where accelerate's configuration asks for it; accelerate then does nothing about it."""
+    if not asked(ACCELERATE_FSDP):
+        return flags
+    os.environ[ACCELERATE_FSDP] = "false"
+    return dataclasses.replace(flags, fsdp=True)
 
 
 def check_evaluating(flags: EvaluateFlags) -> None:

@@ -206,6 +206,7 @@ def what_decides(flags: TrainFlags, base: str, tokens: list[str]) -> dict[str, A
         "prompts": content_hash(PROMPTS),
         "batch_size": examples_per_step(flags),
         "bf16": use_bf16(flags),
+        "fsdp": flags.fsdp,
         "eval_steps": evaluating if flags.eval_file else None,
         "save_steps": saving,
         "num_epochs": flags.num_epochs if flags.max_steps < 0 else None,

@@ -156,6 +156,12 @@ class TrainFlags:
         False,
         "halve micro_batch_size where memory does not suffice, and compute that step again; the steps keep their examples",
     )
+    fsdp: bool = flag(
+        False, "shard the model over the processes (torch's FSDP2), for one that does not fit on a device of its own"
+    )
+    gradient_checkpointing: bool = flag(
+        False, "compute the activations of each layer again in the backward instead of keeping them: less memory, slower"
+    )
     learning_rate: float | None = flag(
         None,
         "peak learning rate",

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from sid_sft.files import InputError, cut, error_text, shown
 from sid_sft.forward.architecture import TABLES, tables_of
+from sid_sft.sharding import counts_of_all, local, own_rows, whole
 
 ROWS_FILE = "sid_rows.safetensors"
 HASHED_VALUES = 4096  # values sampled of each tensor for the hash of a base model
@@ -198,12 +199,14 @@ def fault_of_rows(tensors: dict[str, Tensor], tokens: object) -> str:
 def base_hash(model: PreTrainedModel, first_row: int) -> str:
     """A hash of a base model: every tensor's name and a sample of its values, the tables only before `first_row`.
 
-    The sample is taken in bfloat16, so a model has one hash whatever dtype it is loaded in.
+    The sample is taken in bfloat16, so a model has one hash whatever dtype it is loaded in. A sharded one is gathered weight
+    by weight, so every process must call.
     """
     digest = hashlib.sha256()
     tables = {id(weight) for weight in tables_of(model).values()}
     for name, weight in sorted(model.named_parameters()):
-        values = (weight[:first_row] if id(weight) in tables else weight).flatten()
+        values = whole(weight)
+        values = (values[:first_row] if id(weight) in tables else values).flatten()
         places = torch.linspace(0, len(values) - 1, min(HASHED_VALUES, len(values)), dtype=torch.float64).long()
         sample = values[places.to(values.device)].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
@@ -214,7 +217,8 @@ def base_hash(model: PreTrainedModel, first_row: int) -> str:
 def differing_values(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor | None = None) -> dict[str, int]:
     """How many values of each tensor of `other` differ in the model: {} if none does; two that are no numbers are alike.
 
-    ids: rows of the tables that are left out. Rows that only the model has count as little.
+    ids: rows of the tables that are left out. Rows that only the model has count as little. Of a model that is sharded each
+    process compares its own rows, and all processes get the sums.
     """
     tables = {weight.data_ptr() for weight in tables_of(model).values()} if ids is not None else set()
     values, found, seen = model.state_dict(), {}, set()
@@ -222,11 +226,12 @@ def differing_values(model: PreTrainedModel, other: PreTrainedModel, ids: Tensor
         if old.data_ptr() in seen:  # tied: a second name of the same values
             continue
         seen.add(old.data_ptr())
-        new = values[name][: len(old)] if old.dim() else values[name]
+        old = own_rows(old, values[name])
+        new = local(values[name])[: len(old)] if old.dim() else local(values[name])
         old = old.to(new)
         differs = (new != old) & ~(new.isnan() & old.isnan())
-        if values[name].data_ptr() in tables:
+        if local(values[name]).data_ptr() in tables:
             differs[ids[ids < len(old)].to(differs.device)] = False
         if count := int(differs.sum()):
             found[name] = count
-    return found
+    return counts_of_all(found, model)

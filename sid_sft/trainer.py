@@ -2,7 +2,8 @@
 
 A step is the same set of examples on one process and on many. It is cut into micro-batches by task and length, which are
 dealt to the processes by cost; the loss is the mean over the step's supervised tokens on all processes, and gradients
-are summed over processes once, at the end of the step. In freeze mode only the SID rows' gradients exist and travel.
+are summed over processes once, at the end of the step. In freeze mode only the SID rows' gradients exist and travel. A model
+that is sharded and trains whole has its gradients summed in each micro-batch, so that no process ever holds all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import align_special_tokens
 
@@ -29,9 +29,12 @@ from sid_sft.faults import fitted
 from sid_sft.files import FaultHere, InputError, follow_umask
 from sid_sft.forward.choose import Forward, agreed, choose_forward
 from sid_sft.forward.examples import Examples
+from sid_sft.forward.frozen_prefix import FrozenPrefix
+from sid_sft.log_lines import LogLines, readable
 from sid_sft.private_doors import ResumesFromOwnFiles, closed_doors, installed
 from sid_sft.run_keeper import RunEnded, RunKeeper
 from sid_sft.running_sums import RunningSums, summed
+from sid_sft.sharding import even, is_sharded, keep_moments_apart, load_weights, local, save_shard, whole
 from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, SidRows
 from sid_sft.steps import StepSampler, deal
 from sid_sft.tasks import TASKS
@@ -49,28 +52,12 @@ SCHEDULES_OF_METRICS = ("reduce_lr_on_plateau", "greedy")
 NEVER = torch.iinfo(torch.int64).max  # no step of any run
 
 
-class LogLines(ProgressCallback):
-    """The Trainer's progress bars, with each entry of the log as one readable line."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            numbers = ", ".join(f"{name} {readable(value, 4)}" for name, value in logs.items() if name != "epoch")
-            with logging_redirect_tqdm([logging.getLogger()]):
-                logger.info(f"step {state.global_step} of {state.max_steps}, epoch {state.epoch:.2f}: {numbers}")
-
-    def close(self) -> None:
-        """Ends the bars of a run that ends before its last step, so that nothing is drawn after its last line."""
-        for bar in (self.training_bar, self.prediction_bar):
-            if bar is not None:
-                bar.close()
-
-
 class PutOff(Exception):
     """A signal has stopped an evaluation; whoever resumes the run makes up for it first."""
 
 
 class SidTrainer(ResumesFromOwnFiles, Trainer):
-    """Trains the whole model, or with `rows` the SID rows alone.
+    """Trains the whole model, which may be sharded, or with `rows` the SID rows alone.
 
     The Trainer clips the gradients of the model, saves it and loads it; the rows' masters are no parameters of the model,
     so here they are clipped, saved and loaded. What the Trainer is relied on for is checked before the first step.
@@ -98,6 +85,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         super().__init__(**settings)
         self.rows, self.base_hash, self.micro_batch_size = rows, base_hash, micro_batch_size
         self.auto_micro_batch = auto_micro_batch
+        self.sharded = is_sharded(self.model)
+        self.own_files = self.sharded or rows is not None  # whether checkpoints hold other files than the Trainer's
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.log_lines = LogLines()
@@ -176,6 +165,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
 
         The run goes on with them if it may (--auto_micro_batch), and otherwise ends with the size that it needs.
         """
+        if self.sharded:  # a step is one of all processes, and those that have the memory wait in it for the others
+            return compute()
         before, everywhere = self.micro_batch_size, agreed if self.auto_micro_batch else None
         found, size = fitted(compute, before, self.resize, agreed=everywhere)
         if size < before:
@@ -212,17 +203,22 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             parameter.grad = None
         of_tasks = torch.zeros(len(TASKS), dtype=torch.float64, device=self.args.device)
         total = torch.zeros((), device=self.args.device)
-        for part in self.shares(self.forward, inputs)[self.args.process_index]:
+        for part, counts in self.share(self.forward, inputs):
+            if not (counts or self.sharded):
+                continue
             with self.accelerator.autocast():
-                nll = self.forward.nll(part)
+                nll = self.forward.nll(part) * counts
             (nll.sum() / labels).backward()
             of_tasks += nll.detach()
             total += nll.detach().sum()
         return of_tasks, total
 
-    def shares(self, forward: Forward, indices: np.ndarray) -> list[list[np.ndarray]]:
-        """The micro-batches of the examples, by process."""
-        return deal(forward.cut(indices, self.args.world_size), self.args.world_size)
+    def share(self, forward: Forward, indices: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+        """This process's micro-batches of the examples, with True, and as many more as `even` has it, with False."""
+        parts = even(deal(forward.cut(indices, self.args.world_size), self.args.world_size), self.args.process_index)
+        if self.sharded and isinstance(forward, FrozenPrefix):
+            forward.expect([part for part, _ in parts])
+        return parts
 
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer steps."""
@@ -239,6 +235,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         for parameter in self.trained():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.sharded and self.rows is None:
+            return  # summed in each micro-batch
         for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in self.trained()]:
             work.wait()
 
@@ -247,6 +245,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             return self.optimizer
         if self.rows is None:
             super().create_optimizer(model)
+            if self.sharded:
+                keep_moments_apart(self.optimizer, self.model, self.keeper.folder)
         else:
             args = self.args
             self.optimizer = SidRowAdamW(
@@ -265,14 +265,14 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         if self.first_step_checked:
             return
         self.first_step_checked = True
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.trained() if p.grad is not None]))
         fault = ""
         if norm > self.max_norm * 1.01:  # a little above is rounding
             fault = "the gradients are not clipped"
         elif isinstance(self.model_wrapped, DistributedDataParallel):
             fault = "the model is in a wrapper that sums gradients at every backward"
-        elif self.keeper.folder and self.rows is not None and not self.loaded:
-            fault = "the rows of the checkpoint are not loaded"
+        elif self.keeper.folder and self.own_files and not self.loaded:
+            fault = f"the {'weights' if self.rows is None else 'rows'} of the checkpoint are not loaded"
         if fault:
             raise InputError(f"with {installed()} {fault}; install the versions of requirements.txt")
 
@@ -301,14 +301,12 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     def measured(self) -> dict[str, float]:
         """{"loss": 3.1, "hr@10": 0.12, "ndcg@10": 0.08}. PutOff where a signal stops it."""
         forward = self.eval_forward
-        shares = self.shares(forward, np.arange(len(forward.examples)))
-        own = shares[self.args.process_index]
         total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for number in range(max(map(len, shares))):  # as many times on every process
-            self.put_off_if_asked()
-            if number < len(own):
+        for part, counts in self.share(forward, np.arange(len(forward.examples))):
+            self.put_off_if_asked()  # as often on every process
+            if counts or self.sharded:
                 with self.accelerator.autocast():
-                    total += forward.nll(own[number]).sum()
+                    total += forward.nll(part).sum() * counts
         loss = float(summed(total)) / int(forward.examples.labels.sum())
         if not math.isfinite(loss):
             raise self.not_finite(f"the evaluation loss after step {self.state.global_step} is")
@@ -348,7 +346,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         bad = self.bad_step.clone()
         now = self.state.global_step
         if weights:
-            finite = torch.stack([parameter.isfinite().all() for parameter in self.trained()]).all()
+            finite = torch.stack([local(parameter).isfinite().all() for parameter in self.trained()]).all()
             bad = torch.where(finite, bad, bad.clamp(max=now + 1))  # the next loss would not be finite
         if self.args.world_size > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MIN)
@@ -384,7 +382,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         Interrupted where a signal stops the run, after it has saved.
         """
         keeper, folder = self.keeper, self.keeper.folder
-        if folder and self.rows is not None and (closed := closed_doors("Trainer")):
+        if folder and self.own_files and (closed := closed_doors("Trainer")):
             raise InputError(closed[0])
         if ended := keeper.take_ended_run():
             self.load_checkpoint_weights(folder)
@@ -401,14 +399,16 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         if ended:
             self.log({"total_flos": self.state.total_flos, "train_loss": math.nan})  # as the Trainer ends its log
         best = self.state.best_model_checkpoint
-        if best is not None and (ended or self.rows is not None):  # otherwise the Trainer has loaded it itself
+        if best is not None and (ended or self.own_files):  # otherwise the Trainer has loaded it itself
             self.load_checkpoint_weights(Path(best))
         self.stop_unless_finite(weights=True)
 
     def save_model(self, output_dir: str | None = None, **settings) -> None:
-        """Writes the weights of a checkpoint: in freeze mode the rows alone."""
+        """Writes the weights of a checkpoint: in freeze mode the rows alone, of a sharded model what each process holds."""
         self.stop_unless_finite(weights=True)
-        if self.rows is None:
+        if self.sharded and self.rows is None:
+            save_shard(Path(output_dir or self.args.output_dir), self.model, self.optimizer)
+        elif self.rows is None:
             super().save_model(output_dir, **settings)
             if self.args.should_save:
                 follow_umask(Path(output_dir or self.args.output_dir))
@@ -418,16 +418,10 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             self.rows.save(folder / ROWS_FILE, self.base_hash)
 
     def load_weights(self, folder: Path) -> bool:
-        """Loads the rows of a checkpoint; in full mode nothing, and says so."""
-        if self.rows is None:
-            return False
-        self.rows.load(folder / ROWS_FILE)
-        self.loaded = True
-        return True
-
-
-def readable(value: float, digits: int = 7) -> float:
-    """A number with the digits that a log needs: seven to compare runs, four to read."""
-    if isinstance(value, Tensor):
-        value = value.item()
-    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+        """Loads the rows of a checkpoint, or of a sharded model what each process holds; otherwise nothing, and says so."""
+        if self.rows is not None:
+            self.rows.load(folder / ROWS_FILE)
+        elif self.sharded:
+            load_weights(folder, self.model)
+        self.loaded = self.own_files
+        return self.loaded

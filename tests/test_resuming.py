@@ -29,7 +29,7 @@ from sid_sft.trainer import SidTrainer
 WITHOUT_EFFECT = """
     output_dir max_left_out frozen_prefix micro_batch_size auto_micro_batch prefix_cache_gb prefix_cache_in logging_steps
     resume_from_checkpoint allow_changed report_to wandb_project wandb_run_name push_to_hub hub_private
-    trust_remote_code cache_dir num_proc check
+    trust_remote_code cache_dir num_proc check gradient_checkpointing
 """
 SHORT = {"max_steps": 6, "eval_steps": 2, "save_steps": 2, "sample": 12, "tasks": "sid_sid", "early_stopping_patience": 0}
 
@@ -292,7 +292,7 @@ def test_every_flag_decides_a_run_or_is_known_not_to(flags, tmp_path):
     decides = set(what_decides(TrainFlags(base_model="x", output_dir="y", sid_index_path=__file__), "base", ["<a_0>"]))
     assert decides - {"SID tokens"} | set(WITHOUT_EFFECT.split()) == names
     assert not decides & set(WITHOUT_EFFECT.split())
-    assert set(CHANGEABLE) == decides - {"SID tokens", "base_model", "freeze_LLM", "train_from_scratch"}
+    assert set(CHANGEABLE) == decides - {"SID tokens", "base_model", "freeze_LLM", "train_from_scratch", "fsdp"}
 
 
 # ---------------------------------------------------------------------------------------------- the end of a run

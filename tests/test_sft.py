@@ -357,7 +357,20 @@ BAD = {
     "a missing base model": (lambda p, s: {"base_model": p / "nothing"}, "there is no such folder"),
     "a base model that is none": (lambda p, s: {"base_model": p}, "has no config.json"),
     "random weights, frozen": (lambda p, s: {"train_from_scratch": True}, "would freeze random weights"),
-    "FSDP in freeze mode": (lambda p, s: {"ENV": {"ACCELERATE_USE_FSDP": "true"}}, "start with torchrun"),
+    "FSDP version 1": (lambda p, s: {"ENV": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}}, "version '1' is not"),
+    "FSDP of no version": (
+        lambda p, s: {"ENV": {"ACCELERATE_USE_FSDP": "true"}},
+        "start with torchrun (as sft.sh does) and",
+    ),
+    "DeepSpeed": (
+        lambda p, s: {"ENV": {"ACCELERATE_USE_DEEPSPEED": "true"}},
+        "DeepSpeed is not supported; start with torch",
+    ),
+    "shards of one process": (lambda p, s: {"fsdp": True}, "over processes, and this is one; start several with torchrun"),
+    "shards of one process with accelerate": (
+        lambda p, s: {"ENV": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}},
+        "over processes, and this is one",
+    ),
     "prompts with the history in front": (
         lambda p, s: {"prompts": write(p / "p.json", '{"sid_sid": "{history} and so on"}')},
         "must end with {history}",

@@ -76,6 +76,19 @@ def finish_logits(model: PreTrainedModel, logits: Tensor) -> Tensor:
     return logits
 
 
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers, from the first to the last: the members of the outermost lists of modules."""
+    found: dict[nn.Module, None] = {}  # each once, in order
+    waiting = list(model.children())
+    while waiting:
+        module = waiting.pop(0)
+        if isinstance(module, nn.ModuleList):
+            found |= dict.fromkeys(module)
+        else:
+            waiting = [*module.children(), *waiting]
+    return list(found)
+
+
 # ---------------------------------------------------------------------------------------------- attention windows
 
 

@@ -26,6 +26,7 @@ from sid_sft.forward.architecture import own_logits, why_not_exact
 from sid_sft.forward.examples import Examples
 from sid_sft.forward.frozen_prefix import FrozenPrefix
 from sid_sft.forward.plain import OwnForward, PlainForward
+from sid_sft.sharding import gathered, is_sharded
 from sid_sft.sid_rows import SidRows
 
 logger = logging.getLogger("sft.choose_forward")
@@ -47,13 +48,15 @@ LOW_PRECISION = Tolerance(loss=3e-2, gradient=0.3, logits=0.1)  # bfloat16 and f
 
 class Trial(NamedTuple):
     """The examples on which a way is tried. short: the two shortest of each task; shortest: the shortest of each task;
-    longest: the longest of all. expected: example -> its loss through the model's own forward, one sequence at a time."""
+    longest: the longest of all. expected: example -> its loss through the model's own forward, one sequence at a time.
+    sharded: whether the model is."""
 
     short: np.ndarray
     shortest: np.ndarray
     longest: int
     expected: dict[int, float]
     tolerance: Tolerance
+    sharded: bool
 
 
 def choose_forward(
@@ -118,6 +121,8 @@ def attempt(build: Callable[[], Forward], rows: SidRows | None, trial: Trial) ->
     except Exception as error:  # other people's code: whatever it does not take is a reason to go another way
         why_not = f"{type(error).__name__}: {error_text(error)[:100]}"
         memory = not out_of_memory(error)
+        if not memory and trial.sharded:
+            raise  # the others wait in a gather, where no vote reaches them
     if not agreed(memory):
         raise torch.OutOfMemoryError(why_not or "on another process")
     if not agreed(not why_not):
@@ -168,9 +173,10 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
             "--base_model: its loss on an example is no number before anything was trained; the model's files hold NaN or "
             "infinite values, or its dtype is too small for them"
         )
-    return Trial(short, shortest, longest, expected, tolerance)
+    return Trial(short, shortest, longest, expected, tolerance, is_sharded(model))
 
 
+@gathered
 @torch.no_grad()
 def refuse_reading_ahead(model: PreTrainedModel, ids: Tensor, tolerance: float) -> None:
     """InputError where a token's logits change with what stands behind it; ids (S,)."""

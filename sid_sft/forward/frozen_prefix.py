@@ -11,7 +11,8 @@ sequence, at every step. FrozenPrefix (see prefix_plan.py for the parts of an ex
     - lets the loss reach the SID rows alone: as embeddings of the tail, and as rows of the output head.
 
 Each token has the position that it has in its full sequence. Loss and gradient equal those of PlainForward up to rounding.
-The model is called through its public interface and is not changed.
+The model is called through its public interface and is not changed. Each call of a model that is sharded is one of all
+processes; who needs fewer calls for a micro-batch than another process makes idle ones (`expect`).
 
 Shapes: B trees, S tokens of the largest tree, V vocabulary, D hidden size, M SID rows, n labels, P cached tokens that a tree
 reads, K slots of the cache (a slot holds the keys and values of one token).
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -46,6 +48,7 @@ from sid_sft.forward.prefix_cache import PrefixCache
 from sid_sft.forward.prefix_plan import CPU_LIMITS, GPU_LIMITS, ModelBatch, PrefixPlan, PrefixTree
 from sid_sft.forward.store import DEVICE, read
 from sid_sft.forward.trees import Layout, chain, lay_out, to_device
+from sid_sft.sharding import gathered
 from sid_sft.sid_rows import SidRows
 from sid_sft.tasks import TASKS
 
@@ -55,6 +58,13 @@ class PrefixKeys(NamedTuple):
 
     keys: Tensor
     slots: dict[int, np.ndarray]
+
+
+class Calls(NamedTuple):
+    """Calls of the model for a micro-batch: of templates and own prefixes, without gradients; and of tails, one or none."""
+
+    static: int
+    tail: int
 
 
 class FrozenPrefix:
@@ -85,6 +95,8 @@ class FrozenPrefix:
         self.row_of[sid_rows.ids] = torch.arange(len(sid_rows.ids), device=self.device)
         self.plan = PrefixPlan(examples, micro_batch_size, limits, group_users=group_users)
         self.template_keys: dict[int, dict[int, Pair]] = {}
+        self.expected: list[Calls] = []  # of the micro-batches to come, the most that any process makes
+        self.calls = 0  # made so far
         self.key_layout = self.find_key_layout()
         self.cache = PrefixCache.within(
             self.plan,
@@ -113,6 +125,7 @@ class FrozenPrefix:
         """What the tokens are, in words."""
         return self.plan.shares()
 
+    @gathered
     def nll(self, indices: np.ndarray) -> Tensor:
         """Sum of -log p over the labels of a micro-batch, at the place of its task in a vector (len(TASKS),) of zeros.
 
@@ -120,20 +133,60 @@ class FrozenPrefix:
         """
         casts = [master.to(self.dtype) for master in self.sid_rows.masters]
         rows, head_rows = casts[0], casts[-1]
+        task, has_tail = int(self.examples.task[indices[0]]), bool(self.plan.tail_len[indices[0]])
+        before = self.calls
         uncached, prefixes = self.static_pass(indices)
+        if has_tail:
+            self.template_past(task)
+        expected = self.expected.pop(0) if self.expected else Calls(0, 0)
+        for _ in range(before + expected.static - self.calls):
+            self.idle(None)
         loss = self.static_nll(indices, uncached, head_rows)
-        if self.plan.tail_len[indices[0]]:
+        if has_tail:
             loss = loss + self.tail_nll(indices, prefixes, rows, head_rows)
-        task = int(self.examples.task[indices[0]])
+        elif expected.tail:
+            loss = loss + self.idle(rows)
         return F.pad(loss.view(1), (task, len(TASKS) - 1 - task))
 
     # ---- calls of the model
+
+    def expect(self, parts: list[np.ndarray]) -> None:
+        """Tells which micro-batches follow, as many on every process, where a model is sharded. Every process must call."""
+        most = torch.tensor(self.count_calls(parts), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        self.expected = [Calls(*calls) for calls in most.tolist()]
+
+    def count_calls(self, parts: list[np.ndarray]) -> list[Calls]:
+        """The calls of the model that some micro-batches make if they are run in this order from now on."""
+        templates, counts = set(self.template_keys), []
+        done: set[int] = set()
+        for part in parts:
+            task, has_tail = int(self.examples.task[part[0]]), bool(self.plan.tail_len[part[0]])
+            members = [int(i) for i in part if self.plan.tree_of[i] >= 0]
+            static = 0
+            if self.cache is not None:
+                missing = set(self.cache.missing({int(self.plan.tree_of[i]) for i in members})) - done
+                done |= missing
+                static = len(missing)
+            if self.cache is None or (has_tail and members and not self.plan.caches_keys(members[0])):
+                static += sum(1 for _ in self.plan.trees_of(members))
+            if task not in templates and (static or has_tail):
+                templates.add(task)
+                static += bool(len(self.plan.templates[task]))
+            counts.append(Calls(static, int(has_tail)))
+        return counts
+
+    def idle(self, rows: Tensor | None) -> Tensor:
+        """Calls the model for nothing, with the SID rows (M, D) so that a backward follows: zero."""
+        hidden, _ = self.call(lay_out([chain(self.head.ids[:1])]), {}, rows=rows)
+        return 0 * hidden.sum()
 
     def call(
         self, layout: Layout, past: Past, *, rows: Tensor | None = None, keep: bool = False
     ) -> tuple[Tensor, dict[int, Pair]]:
         """Hidden states (B, S, D) of trees that follow a past; with `keep` also their keys and values per layer, else {}.
         rows: the SID rows (M, D) that embed SID tokens, so that the gradient reaches them; None if `layout` has no SID."""
+        self.calls += 1
         cache = PieceCache(past, keep=keep)
         output = self.model.base_model(
             inputs_embeds=self.embed(to_device(layout.tokens, self.device), rows),
@@ -156,6 +209,7 @@ class FrozenPrefix:
             trained = trained * self.scale
         return torch.where((place >= 0).unsqueeze(-1), trained, frozen)
 
+    @gathered
     @torch.no_grad()
     def find_key_layout(self) -> KeyLayout:
         """How the model's keys and values lie in a row, as it shows with one token."""

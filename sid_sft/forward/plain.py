@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sid_sft.forward.architecture import finish_logits, own_logits, sliding_window
 from sid_sft.forward.examples import Examples, MicroBatch
 from sid_sft.forward.trees import TREE_TOKENS, Tree, build_tree, group_by_user, lay_out, pad, split_by_nodes, to_device
+from sid_sft.sharding import gathered
 from sid_sft.tasks import TASKS
 
 
@@ -75,6 +76,7 @@ class PlainForward:
         """The tree of some examples' inputs: all but the end token, from which nothing is predicted."""
         return build_tree([self.examples.ids(i)[:-1] for i in group])
 
+    @gathered
     def nll(self, indices: np.ndarray) -> Tensor:
         """Sums of -log p over the labels of the examples, per task (len(TASKS),)."""
         groups = self.groups(indices)
@@ -136,6 +138,7 @@ class OwnForward:
             parts += [same[i : i + self.micro_batch_size] for i in range(0, len(same), self.micro_batch_size)]
         return [MicroBatch(part, float(self.examples.length[part].sum()), None) for part in parts]
 
+    @gathered
     def nll(self, indices: np.ndarray) -> Tensor:
         """Sums of -log p over the labels of examples of one length, per task (len(TASKS),)."""
         ids = to_device(np.stack([self.examples.ids(i) for i in indices]).astype(np.int64), self.model.device)

@@ -21,7 +21,7 @@ from sid_sft.recommend.ranking import KS, Lists, means, ranks_of, row_values, si
 from sid_sft.tasks import TASKS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,27 +102,46 @@ class Evaluator:
         """The best SIDs for every row. before_batch: called as often on every process, and may raise to stop them all."""
         import torch
 
-        from sid_sft.recommend.beam_search import search, without
+        from sid_sft.sharding import gathered, is_sharded
 
-        trie = self.trie_on(model.device)
         width = min(self.num_beams, len(self.sequences))
         sid = torch.zeros(len(self.prompts), width, dtype=torch.int64, device=model.device)
         score = torch.zeros(len(self.prompts), width, dtype=torch.float64, device=model.device)
+        together = is_sharded(model)
         with evaluating(model):
-            decoder = self.decoder(model)
-            for batch in self.own_batches(progress=progress):
-                before_batch()
-                if not len(batch) or not can_rank(score):
-                    continue  # to where the processes meet: what cannot be ranked is refused there, by all of them
-                excluded = torch.tensor([self.excluded[i] for i in batch], dtype=torch.int64, device=model.device)
-                found = search(decoder, trie, [self.prompts[i] for i in batch], self.num_beams + excluded.shape[1])
-                if excluded.shape[1] and can_rank(found.score):
-                    found = without(found, excluded, width)
-                sid[batch], score[batch] = found.leaf[:, :width], found.score[:, :width].double()
+            gathered(self.search_batches)(
+                model, sid, score, self.own_batches(progress=progress, together=together), before_batch
+            )
+        if together and place_among_processes()[1]:
+            sid, score = torch.zeros_like(sid), torch.zeros_like(score)  # all have computed all rows: the first one's count
         sum_over_processes(sid, score)  # a row is zero everywhere but where it was computed
         if not can_rank(score):
             raise InputError(not_finite(self.model_name, model))
         return Recommended(sid.cpu().numpy(), score.cpu().numpy())
+
+    def search_batches(
+        self,
+        model: PreTrainedModel,
+        sid: torch.Tensor,
+        score: torch.Tensor,
+        batches: Iterable[np.ndarray],
+        before_batch: Callable[[], None],
+    ) -> None:
+        """Fills in the rows of some batches: sid (U, K) and score (U, K) as in Recommended."""
+        import torch
+
+        from sid_sft.recommend.beam_search import search, without
+
+        trie, decoder, width = self.trie_on(model.device), self.decoder(model), sid.shape[1]
+        for batch in batches:
+            before_batch()
+            if not len(batch) or not can_rank(score):
+                continue  # to where the processes meet: what cannot be ranked is refused there, by all of them
+            excluded = torch.tensor([self.excluded[i] for i in batch], dtype=torch.int64, device=model.device)
+            found = search(decoder, trie, [self.prompts[i] for i in batch], self.num_beams + excluded.shape[1])
+            if excluded.shape[1] and can_rank(found.score):
+                found = without(found, excluded, width)
+            sid[batch], score[batch] = found.leaf[:, :width], found.score[:, :width].double()
 
     def recommend_freely(self, model: PreTrainedModel, rows: np.ndarray) -> list[list[tuple[int, ...]]]:
         """What a beam search that knows no catalogue writes for some rows: token ids up to the end token.
@@ -151,15 +170,18 @@ class Evaluator:
         values = row_values(ranks, measurable(self.num_beams))
         return {name: value for name, value in means(values).items() if not name.startswith("mrr")}
 
-    def own_batches(self, *, progress: bool) -> Iterator[np.ndarray]:
-        """This process's batches, as many on every process, the last maybe empty; rank 0 may show how far it is."""
+    def own_batches(self, *, progress: bool, together: bool) -> Iterator[np.ndarray]:
+        """This process's batches, as many on every process, the last maybe empty; rank 0 may show how far it is.
+
+        together: every process takes all of them, as it must where a model is sharded and each call is one of all processes.
+        """
         from tqdm import tqdm
 
-        processes, process = place_among_processes()
+        processes, process = (1, 0) if together else place_among_processes()
         own = self.batches[process::processes]
         if len(own) < math.ceil(len(self.batches) / processes):
             own = [*own, np.zeros(0, np.int64)]
-        yield from tqdm(own, desc="Recommending", unit="batch", disable=not progress or process > 0)
+        yield from tqdm(own, desc="Recommending", unit="batch", disable=not progress or place_among_processes()[1] > 0)
 
     def trie_on(self, device: torch.device) -> Trie:
         from sid_sft.recommend.trie import build_trie
