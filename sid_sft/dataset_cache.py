@@ -44,6 +44,7 @@ logger = logging.getLogger("sft.dataset_cache")
 
 CACHE_FORMAT = 4  # raise it when the ids of the same text and files change, or what is known of them
 CACHE_DIR = Path("~/.cache/sid-sft")  # where datasets are kept unless another folder is given
+ROWS_AT_ONCE = 10_000  # rows encoded together, and examples in a piece of the file; each piece is read to open it
 CONTENTS_FILE = "contents.json"
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}  # a cache that is there to be read
 
@@ -178,7 +179,7 @@ def write_dataset(
     encoded = rows.map(
         functools.partial(encode_batch, encoder=encoder),
         batched=True,
-        batch_size=1000,
+        batch_size=ROWS_AT_ONCE,
         num_proc=processes(len(rows), num_proc, whole_texts=encoder.needs_whole_texts(names)),
         remove_columns=rows.column_names,
         features=example_features(),

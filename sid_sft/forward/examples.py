@@ -13,7 +13,7 @@ from sid_sft.forward.mapped import read_arrays
 
 NUMBERS = ("length", "prompt_len", "static_len", "task", "user")
 ROWS_AT_ONCE = 100_000
-MOST_PIECES = 10  # of a thousand rows read in the order of the file, which a dataset's writer puts down a thousand at a time
+MOST_PIECES = 10  # of a thousand rows that are read in the order of the file
 PLAN_FILE = "plan.safetensors"
 
 

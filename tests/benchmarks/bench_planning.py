@@ -41,7 +41,6 @@ STEP, STEPS = 64, 30
 VOCABULARY, SIDS = 2000, 300  # the last 300 token ids are SID tokens
 END, LINE_END, WORDS = 0, 1, 10  # token ids; words begin at 10
 USER_ROWS, TITLE, SID = 5, 7, 3  # rows of a user; tokens of a title and of a SID
-ROWS_AT_ONCE = 1000  # as the dataset's writer puts them into one piece of its file
 KINDS = {  # by the place of a task in TASKS: what it shows, what it answers, tokens of its template
     0: ("sid", "sid", 30),
     1: ("sid", "title", 20),
@@ -101,7 +100,7 @@ def make_dataset(folder: Path, rows: int) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from sid_sft.dataset_cache import example_features
+    from sid_sft.dataset_cache import ROWS_AT_ONCE, example_features
     from sid_sft.tasks import TASKS
 
     schema = example_features().arrow_schema
