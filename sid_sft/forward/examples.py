@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +21,16 @@ PLAN_FILE = "plan.safetensors"
 class PlannedDataset(Dataset):
     """A dataset in whose folder lies PLAN_FILE: its numbers as arrays, and what is known of all its examples at once.
 
-    What changes the rows or their order (select, shuffle, filter) gives a plain Dataset, to which the file does not apply.
+    What changes it (select, shuffle, filter, map) gives a plain Dataset, to which the file does not apply. Some of these
+    begin with a copy, so that a copy is plain, too.
     """
 
     folder: Path
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dataset:
+        plain = Dataset.__new__(Dataset)
+        plain.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return plain
 
 
 class Examples:
