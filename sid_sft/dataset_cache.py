@@ -2,6 +2,7 @@
 
     write_dataset(folder, Source(Path("X.train.csv")), ["sid_sid"], encoder, ...)
         folder/examples.arrow   {"input_ids": [464, ...], "length": 29, "prompt_len": 24, "task": 0, "user": 17, ...}
+        folder/plan.safetensors the numbers as arrays, and what steps are planned with (forward/prefix_parts.py)
         folder/summary.json     files, notes for the log, and for each task: rows, examples, examples that were cut
         folder/contents.json    {"examples.arrow": [81234, "9f3c01aa"], "summary.json": [...]}: bytes and CRC-32 of each file
     cached_folder(cache_dir, key, write)  -> where the folder is: it is written unless one is there whose files are whole
@@ -37,10 +38,13 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
     from transformers import PreTrainedTokenizerBase
 
+    from sid_sft.forward.examples import PlannedDataset
+
 logger = logging.getLogger("sft.dataset_cache")
 
-CACHE_FORMAT = 3  # raise it when the ids of the same text and files change
+CACHE_FORMAT = 4  # raise it when the ids of the same text and files change, or what is known of them
 CACHE_DIR = Path("~/.cache/sid-sft")  # where datasets are kept unless another folder is given
+ROWS_AT_ONCE = 10_000  # rows encoded together, and examples in a piece of the file; each piece is read to open it
 CONTENTS_FILE = "contents.json"
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}  # a cache that is there to be read
 
@@ -154,6 +158,10 @@ def write_dataset(
     import numpy as np
     from datasets import concatenate_datasets
 
+    from sid_sft.forward.examples import PLAN_FILE, Examples
+    from sid_sft.forward.mapped import write_arrays
+    from sid_sft.forward.prefix_parts import plan_arrays
+
     notes: list[str] = []
     users: dict[str, int] = {"": -1}
     tables: dict[str, Dataset] = {}  # by what a task makes examples of: several tasks share the rows of a CSV
@@ -171,7 +179,7 @@ def write_dataset(
     encoded = rows.map(
         functools.partial(encode_batch, encoder=encoder),
         batched=True,
-        batch_size=1000,
+        batch_size=ROWS_AT_ONCE,
         num_proc=processes(len(rows), num_proc, whole_texts=encoder.needs_whole_texts(names)),
         remove_columns=rows.column_names,
         features=example_features(),
@@ -190,6 +198,8 @@ def write_dataset(
     for table in tables.values():
         for file in table.cache_files:
             Path(file["filename"]).unlink()
+    if len(encoded):
+        write_arrays(folder / PLAN_FILE, plan_arrays(Examples(encoded)))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
@@ -292,13 +302,15 @@ def encode_batch(batch: dict[str, list], *, encoder: Encoder) -> dict[str, list]
     return {name: [example[column] for example in examples] for column, name in enumerate(names)}
 
 
-def open_dataset(folder: Path, cutoff_len: int, max_left_out: float = MAX_LEFT_OUT) -> Dataset:
+def open_dataset(folder: Path, cutoff_len: int, max_left_out: float = MAX_LEFT_OUT) -> PlannedDataset:
     """The memory-mapped dataset of a folder that `write_dataset` wrote; logs what was cut or left out.
 
     InputError where a task has no example, or lost a larger share of its rows than `max_left_out`. In the item tasks
     items without a title do not count as lost: a catalogue may have such items, and no row of a user is missing.
     """
     from datasets import Dataset, concatenate_datasets
+
+    from sid_sft.forward.examples import PlannedDataset
 
     summary = json.loads((folder / "summary.json").read_text())
     for note in summary["notes"]:
@@ -317,16 +329,21 @@ def open_dataset(folder: Path, cutoff_len: int, max_left_out: float = MAX_LEFT_O
         if missing := task["rows"] - task["examples"]:
             check_share(f"task {name!r}: ", missing - task["untitled"], task["rows"], max_left_out, why)
             logger.info(f"{name}: {missing:,} of {task['rows']:,} rows left out: {why}")
-    return concatenate_datasets([Dataset.from_file(str(folder / file)) for file in summary["files"]])
+    whole = concatenate_datasets([Dataset.from_file(str(folder / file)) for file in summary["files"]])
+    dataset = PlannedDataset(whole.data, info=whole.info, fingerprint=folder.stem)
+    dataset.folder = folder
+    return dataset
 
 
 def show_examples(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """Logs the first example of each task as the model will see it."""
     import numpy as np
 
-    tasks = dataset.with_format("numpy")["task"][:]
-    for number in np.unique(tasks):
-        example = dataset[int(np.argmax(np.asarray(tasks) == number))]
+    from sid_sft.forward.examples import Examples
+
+    tasks, first = np.unique(Examples(dataset).task, return_index=True)
+    for number, place in zip(tasks, first, strict=True):
+        example = dataset[int(place)]
         ids, prompt_len = example["input_ids"], example["prompt_len"]
         prompt, answer = tokenizer.decode(ids[:prompt_len]), tokenizer.decode(ids[prompt_len:])
         logger.info(f"{list(TASKS)[number]}: {prompt!r} -> {answer!r}")

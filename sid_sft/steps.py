@@ -9,6 +9,7 @@ import numpy as np
 
 from sid_sft.forward.examples import Examples, MicroBatch
 
+KEYS_AT_ONCE = 1_000_000  # sorted together: a sort of all would hold 12 bytes an example
 LENGTH_POOL = 50  # steps whose examples are sorted together under group_by_length, as HF's own sampler has it
 
 
@@ -39,22 +40,41 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.examples))
+        order = np.arange(len(self.examples), dtype=np.int32)  # all that an epoch holds in memory: 4 bytes an example
+        rng.shuffle(order)
         if self.group_users:
-            # A user's examples stand together where the user's first one fell; items keep their own places.
-            users = self.examples.user[order]
-            first = {int(user): place for place, user in reversed(list(enumerate(users)))}
-            key = np.where(users >= 0, [first[int(user)] for user in users], np.arange(len(order)))
-            order = order[np.argsort(key, kind="stable")]
+            order = side_by_side(order, self.examples.user)
+        steps = np.arange(len(self))
         if self.group_by_length:
             pool = LENGTH_POOL * self.batch_size
-            pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-            order = np.concatenate([p[np.argsort(-self.examples.length[p], kind="stable")] for p in pools])
-        steps = [order[i : i + self.batch_size].tolist() for i in range(0, len(order), self.batch_size)]
-        if self.group_by_length and len(steps) > 2:
-            middle = steps[:-1]  # the smaller step, if any, stays last
-            steps = [middle[i] for i in rng.permutation(len(middle))] + steps[-1:]
-        yield from steps
+            for start in range(0, len(order), pool):
+                part = order[start : start + pool]
+                order[start : start + pool] = part[np.argsort(-self.examples.length[part], kind="stable")]
+            if len(steps) > 2:
+                rng.shuffle(steps[:-1])  # the smaller step, if any, stays last
+        for step in steps.tolist():
+            yield order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+
+
+def side_by_side(order: np.ndarray, user: np.ndarray) -> np.ndarray:
+    """The examples in an order in which a user's stand together where the user's first one fell; items, of no user, stay.
+
+    Users [5, -1, 5, 7] in the order [3, 0, 1, 2] -> [3, 0, 2, 1].
+    """
+    users = user[order]
+    key = np.arange(len(order), dtype=order.dtype)
+    first = np.empty(int(users.max(initial=-1)) + 1, dtype=order.dtype)
+    of_users = users >= 0
+    first[users[of_users][::-1]] = key[of_users][::-1]  # of a user's places the one assigned last stays, the smallest
+    key[of_users] = first[users[of_users]]
+    del users, first
+    sorted_order, done = np.empty_like(order), 0
+    for start in range(0, len(order), KEYS_AT_ONCE):
+        members = np.nonzero((key >= start) & (key < start + KEYS_AT_ONCE))[0]
+        members = members[np.argsort(key[members], kind="stable")]
+        sorted_order[done : done + len(members)] = order[members]
+        done += len(members)
+    return sorted_order
 
 
 def deal(parts: list[MicroBatch], processes: int) -> list[list[np.ndarray]]:

@@ -207,7 +207,7 @@ def test_a_cache_follows_the_umask(mask, flags, tmp_path):
     checked(flags, tmp_path, umask=mask)
     cache = tmp_path / "cache"
     found = [cache, *cache.rglob("*")]
-    assert len(found) == 1 + 2 * 4
+    assert len(found) == 1 + 2 * 5
     for path in found:
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 

@@ -414,9 +414,9 @@ def test_each_user_s_shared_beginning_is_run_once(tokenizer, sid_tokens, dataset
     model, rows = extended("qwen2", tokenizer, sid_tokens)
     examples = Examples(dataset)
     frozen = FrozenPrefix(model, rows, examples, 4)
-    in_trees = sum(len(prefix.tree.tokens) for prefix in frozen.plan.trees)
-    assert in_trees < frozen.plan.own_len.sum()
-    covered = sorted(i for prefix in frozen.plan.trees for i in prefix.members)
+    trees = [frozen.plan.tree(number) for number in range(len(frozen.plan.parts.nodes))]
+    assert sum(len(prefix.tree.tokens) for prefix in trees) == frozen.plan.parts.nodes.sum() < frozen.plan.own_len.sum()
+    covered = sorted(i for prefix in trees for i in prefix.members)
     assert covered == np.nonzero(frozen.plan.own_len > 0)[0].tolist()
 
 
@@ -476,12 +476,12 @@ def windows_of_one_user(sid: list[int], *, titles: bool, count: int = 60) -> Exa
 
 @pytest.mark.parametrize("titles", [True, False])
 def test_no_tree_outgrows_its_bound_however_little_a_user_s_examples_share(titles, tokenizer, sid_tokens, monkeypatch):
-    for module in ("prefix_plan", "plain"):
+    for module in ("prefix_parts", "prefix_plan", "plain"):
         monkeypatch.setattr(f"sid_sft.forward.{module}.TREE_TOKENS", 300)
     model, rows = extended("qwen2", tokenizer, sid_tokens)
     examples = windows_of_one_user(rows.ids.tolist(), titles=titles)
     frozen = FrozenPrefix(model, rows, examples, 4, cache_bytes=10**9, group_users=True)
-    assert all(len(prefix.tree.tokens) <= 300 for prefix in frozen.plan.trees)
+    assert frozen.plan.parts.nodes.max(initial=0) <= 300
     groups = frozen.plan.tail_groups(np.arange(len(examples)))
     assert sorted(i for group in groups for i in group) == list(range(len(examples)))
     assert all(len(frozen.plan.tail_tree(group).tokens) <= 300 for group in groups)
@@ -504,7 +504,7 @@ def test_nothing_is_run_to_be_cached_that_no_one_reads(tokenizer, sid_tokens):
         "user": [0, 1, 2, 3],
     }
     frozen = FrozenPrefix(model, rows, Examples(Dataset.from_dict(columns)), 4)
-    assert frozen.cache is None or frozen.cache.cache_plan.batches == []
+    assert frozen.cache is None or frozen.cache.cache_plan.batches == 0
     assert_equal_to_plain(model, rows, frozen, np.arange(2))
 
 

@@ -46,6 +46,9 @@ EXACT = Tolerance(loss=1e-4, gradient=1e-3, logits=1e-3)
 LOW_PRECISION = Tolerance(loss=3e-2, gradient=0.3, logits=0.1)  # bfloat16 and float16
 
 
+BLOCK = 1_000_000  # examples whose lengths are looked at together
+
+
 class Trial(NamedTuple):
     """The examples on which a way is tried. short: the two shortest of each task; shortest: the shortest of each task;
     longest: the longest of all. expected: example -> its loss through the model's own forward, one sequence at a time.
@@ -147,10 +150,7 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
     """Runs the trial's examples through the model's own forward. The longest is there for what only length shows, such as a
     sliding window."""
     tolerance = LOW_PRECISION if model.dtype in (torch.bfloat16, torch.float16) else EXACT
-    order = np.argsort(examples.length, kind="stable")
-    by_task = [order[examples.task[order] == task] for task in np.unique(examples.task)]
-    short, shortest = (np.concatenate([members[:count] for members in by_task]) for count in (2, 1))
-    longest = int(order[-1])
+    short, shortest, longest = extremes(examples)
     alone = OwnForward(model, examples, 1)
     try:
         inputs = torch.from_numpy(examples.ids(longest)[:-1].astype(np.int64)).to(model.device)
@@ -174,6 +174,25 @@ def make_trial(model: PreTrainedModel, examples: Examples) -> Trial:
             "infinite values, or its dtype is too small for them"
         )
     return Trial(short, shortest, longest, expected, tolerance, is_sharded(model))
+
+
+def extremes(examples: Examples) -> tuple[np.ndarray, np.ndarray, int]:
+    """The two shortest examples of each task, the shortest of each (tasks in their order), and the longest of all; among
+    equal ones the first are the shortest, and the last is the longest. Looks at a block of examples at a time."""
+    shortest: dict[int, np.ndarray] = {}
+    longest, most = 0, -1
+    for start in range(0, len(examples), BLOCK):
+        length, tasks = examples.length[start : start + BLOCK], examples.task[start : start + BLOCK]
+        for task in np.unique(tasks).tolist():
+            rows = np.nonzero(tasks == task)[0]
+            two = start + rows[np.argsort(length[rows], kind="stable")[:2]]
+            both = np.concatenate([shortest.get(task, two[:0]), two])
+            shortest[task] = both[np.argsort(examples.length[both], kind="stable")[:2]]
+        if length.max() >= most:
+            most = int(length.max())
+            longest = start + int(np.nonzero(length == most)[0][-1])
+    found = [two for _, two in sorted(shortest.items())]
+    return np.concatenate(found), np.concatenate([two[:1] for two in found]), longest
 
 
 @gathered

@@ -259,9 +259,9 @@ class FrozenPrefix:
     def fill_cache(self, members: list[int]) -> None:
         """Computes the fixed batches of the examples' trees, where that has not happened yet."""
         for number in self.cache.missing({int(self.plan.tree_of[i]) for i in members}):
-            trees = self.cache.cache_plan.batches[number]
-            prefixes = [self.plan.trees[tree] for tree in trees]
-            keep = any(tree in self.cache.cache_plan.first_slot for tree in trees)
+            trees = self.cache.cache_plan.batch(number)
+            prefixes = [self.plan.tree(tree) for tree in trees]
+            keep = bool((self.cache.cache_plan.first_slot[trees] >= 0).any())
             batch, hidden, keys = self.run_prefixes(prefixes, keep=keep)
             if batch.labelled:
                 self.cache.put_labels(batch.labelled, self.labels_of(batch, hidden))

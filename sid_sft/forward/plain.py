@@ -33,6 +33,7 @@ class PlainForward:
     ) -> None:
         self.model, self.examples, self.micro_batch_size = model, examples, micro_batch_size
         self.group_users = group_users
+        self.longest = int(examples.length.max()) if group_users else 0  # bounds a micro-batch of trees
 
     def resize(self, micro_batch_size: int) -> None:
         """Cuts steps into micro-batches of another size from now on."""
@@ -52,7 +53,7 @@ class PlainForward:
 
     def tree_parts(self, indices: np.ndarray) -> list[MicroBatch]:
         """The examples of a step in users' trees, cut so that a micro-batch has no more tokens than one of long examples."""
-        bound = self.micro_batch_size * int(self.examples.length.max())
+        bound = self.micro_batch_size * self.longest
         groups = self.groups(indices)
         sizes = [len(self.tree(group).tokens) for group in groups]
         parts: list[list[int]] = [[]]

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sid_sft.forward.cache_plan import CachePlan
 from sid_sft.forward.frozen_head import Labels
-from sid_sft.forward.prefix_plan import CachePlan, PrefixPlan
+from sid_sft.forward.prefix_plan import PrefixPlan
 from sid_sft.forward.store import Store, read
 from sid_sft.forward.trees import to_device
 
@@ -26,7 +27,7 @@ class PrefixCache:
     def __init__(self, cache_plan: CachePlan, labels: Labels, store: Store) -> None:
         self.cache_plan, self.labels, self.store = cache_plan, labels, store
         self.keys: Tensor | None = None
-        self.done = np.zeros(len(cache_plan.batches), dtype=bool)
+        self.done = np.zeros(cache_plan.batches, dtype=bool)
 
     @classmethod
     def within(
@@ -45,14 +46,14 @@ class PrefixCache:
         place: see Store. row_width: numbers per slot.
         """
         store = Store(budget, device, place)
-        labels = allocate_labels(store, int(plan.static_labels.sum()), hidden_size, dtype)
+        labels = allocate_labels(store, int(plan.parts.label_start[-1]), hidden_size, dtype)
         if labels is None:
             return None
         return cls(plan.plan_cache(store.left // (row_width * dtype.itemsize)), labels, store)
 
     def missing(self, trees: set[int]) -> list[int]:
         """The batches that hold these trees and have not been computed, in their order."""
-        needed = {self.cache_plan.batch_of[tree] for tree in trees if tree in self.cache_plan.batch_of}
+        needed = {int(self.cache_plan.batch_of[tree]) for tree in trees} - {-1}
         return sorted(batch for batch in needed if not self.done[batch])
 
     def put_labels(self, labelled: list[int], labels: Labels) -> None:
@@ -66,7 +67,7 @@ class PrefixCache:
         if self.keys is None:
             self.keys = self.store.allocate((self.cache_plan.slots, rows.shape[2]), rows.dtype)
         for number, size, tree in zip(numbers, sizes, rows, strict=True):
-            if (first := self.cache_plan.first_slot.get(number)) is not None:
+            if (first := int(self.cache_plan.first_slot[number])) >= 0:
                 self.keys[first : first + size] = tree[:size].to(self.keys.device)
 
     def labels_of(self, labelled: list[int]) -> Labels:

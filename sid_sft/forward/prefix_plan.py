@@ -27,12 +27,15 @@ A slot is the place of one token's keys and values in the cache. Shapes: B trees
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from sid_sft.forward.cache_plan import CachePlan, plan_cache
 from sid_sft.forward.examples import Examples, MicroBatch
+from sid_sft.forward.prefix_parts import parts_of
 from sid_sft.forward.trees import (
     TREE_TOKENS,
     CachedReads,
@@ -40,13 +43,14 @@ from sid_sft.forward.trees import (
     Tree,
     build_tree,
     chain,
-    common_prefix,
     group_by_user,
     lay_out,
     split_by_nodes,
+    tree_of_sorted,
 )
 
 LEAST_TAIL, LEAST_STATIC = 128, 512  # tokens that a micro-batch may have in any case
+TREES_AT_HAND = 1000  # some megabytes
 
 
 class Limits(NamedTuple):
@@ -72,29 +76,6 @@ class PrefixTree(NamedTuple):
 
     members: list[int]
     tree: Tree
-
-
-class CachePlan(NamedTuple):
-    """What is cached over the run. Decided before the first step and computed in fixed batches, so that a cached number does
-    not depend on which step needs it first: a resumed run computes the same bits.
-
-    label_start (examples + 1,): the static labels of example i are cached at label_start[i] to label_start[i + 1] - 1.
-    first_slot: tree -> slot of its first node, for the trees whose keys are cached. slots: how many slots there are.
-    batches: lists of trees that are run together. batch_of: tree -> its batch. A tree is a place in PrefixPlan.trees.
-
-    For the examples at the head of this file: label_start [0, 1, 2, 3, 3], first_slot {0: 0, 1: 6}, slots 8, batches
-    [[1, 0]], batch_of {1: 0, 0: 0}.
-    """
-
-    label_start: np.ndarray
-    first_slot: dict[int, int]
-    slots: int
-    batches: list[list[int]]
-    batch_of: dict[int, int]
-
-    def label_places(self, labelled: list[int]) -> np.ndarray:
-        """Where the static labels of some examples are cached; [1, 2] -> [1, 2] for those at the head of this file."""
-        return np.concatenate([np.arange(self.label_start[i], self.label_start[i + 1]) for i in labelled])
 
 
 class ModelBatch(NamedTuple):
@@ -126,15 +107,11 @@ class PrefixPlan:
     def __init__(self, examples: Examples, micro_batch_size: int, limits: Limits, *, group_users: bool) -> None:
         self.examples, self.limits, self.group_users = examples, limits, group_users
         self.resize(micro_batch_size)
-        self.templates = find_templates(examples)
-        template_len = [len(self.templates.get(task, ())) for task in range(int(examples.task.max()) + 1)]
-        self.template_len = np.array(template_len)[examples.task]
-        self.static_end = np.minimum(examples.static_len, examples.length - 1)  # the last token is never an input
-        self.static_labels = np.maximum(0, self.static_end - examples.prompt_len + 1)  # predicted from static positions
-        self.own_len = self.static_end - self.template_len
-        self.tail_len = examples.length - 1 - self.static_end
-        self.trees: list[PrefixTree] = []
-        self.tree_of, self.place_in_tree = self.plant_trees()
+        self.parts = parts = parts_of(examples)
+        self.templates = parts.templates()
+        self.own_len, self.tail_len, self.static_labels = parts.own_len, parts.tail_len, parts.static_labels
+        self.tree_of, self.place_in_tree = parts.tree_of, parts.place_in_tree
+        self.recent_trees: OrderedDict[int, PrefixTree] = OrderedDict()
         self.cache_plan: CachePlan | None = None  # until `plan_cache`
 
     def resize(self, micro_batch_size: int) -> None:
@@ -144,21 +121,34 @@ class PrefixPlan:
 
     # ---- trees of own prefixes
 
-    def plant_trees(self) -> tuple[np.ndarray, np.ndarray]:
-        """Groups the examples that have an own prefix by task and user into trees; returns each example's tree, or -1, and
-        its place among the tree's members."""
-        tree_of, place = np.full((2, len(self.examples)), -1, dtype=np.int64)
-        for members in group_by_user(self.examples, np.nonzero(self.own_len > 0)[0], self.examples.task):
-            own = {i: self.examples.ids(i)[self.template_len[i] : self.static_end[i]] for i in members}
-            for part in split_by_nodes(own, TREE_TOKENS):
-                tree_of[part], place[part] = len(self.trees), np.arange(len(part))
-                self.trees.append(self.prefix_tree(part))
-        return tree_of, place
+    def own_start(self, i: int) -> int:
+        """Where the own prefix of an example begins: the tokens of its task's template."""
+        return len(self.templates[int(self.examples.task[i])])
+
+    def own_prefix(self, i: int) -> np.ndarray:
+        """The tokens of an example's own prefix."""
+        start = self.own_start(i)
+        return self.examples.ids(i)[start : start + self.own_len[i]]
+
+    def without_template(self, i: int) -> np.ndarray:
+        """The tokens of an example's own prefix and tail: its inputs but for the template."""
+        return self.examples.ids(i)[self.own_start(i) : self.examples.length[i] - 1]
 
     def prefix_tree(self, members: list[int]) -> PrefixTree:
         """The tree of the own prefixes of examples of one task."""
-        ids = self.examples.ids
-        return PrefixTree(members, build_tree([ids(i)[self.template_len[i] : self.static_end[i]] for i in members]))
+        return PrefixTree(members, build_tree([self.own_prefix(i) for i in members]))
+
+    def tree(self, number: int) -> PrefixTree:
+        """A tree by its number, made when it is asked for; those of the last steps are at hand."""
+        if number not in self.recent_trees:
+            span = slice(*self.parts.first_member[number : number + 2])
+            members = self.parts.members[span].tolist()
+            own = [self.own_prefix(i) for i in members]
+            self.recent_trees[number] = PrefixTree(members, tree_of_sorted(own, self.parts.shared[span].tolist()))
+            if len(self.recent_trees) > TREES_AT_HAND:
+                self.recent_trees.popitem(last=False)
+        self.recent_trees.move_to_end(number)
+        return self.recent_trees[number]
 
     def trees_of(self, members: list[int]) -> Iterator[list[PrefixTree]]:
         """New trees of the own prefixes of `members` alone, not of their whole trees, in batches of similar size."""
@@ -182,41 +172,18 @@ class PrefixPlan:
 
     def plan_cache(self, free_slots: int) -> CachePlan:
         """Plans to cache all static labels, and, as far as `free_slots` reach, the keys of each tree that a tail reads."""
-        first_slot: dict[int, int] = {}
-        slots = 0
-        for number, (members, tree) in enumerate(self.trees):
-            if (self.tail_len[members] > 0).any() and slots + len(tree.tokens) <= free_slots:
-                first_slot[number] = slots
-                slots += len(tree.tokens)
-        batches = self.cached_batches(first_slot)
-        batch_of = {number: place for place, batch in enumerate(batches) for number in batch}
-        label_start = np.concatenate([[0], np.cumsum(self.static_labels)])
-        self.cache_plan = CachePlan(label_start, first_slot, slots, batches, batch_of)
+        self.cache_plan = plan_cache(self.parts, self.examples.task, free_slots, self.limits.cached)
         return self.cache_plan
-
-    def cached_batches(self, first_slot: dict[int, int]) -> list[list[int]]:
-        """Fixed batches of trees, of one task and similar size each, that are run whole when one of them is first needed."""
-        sizes = [
-            (self.task_of(prefix), len(prefix.tree.tokens), number)
-            for number, prefix in enumerate(self.trees)
-            if number in first_slot or self.static_labels[prefix.members].any()
-        ]
-        batches: list[list[int]] = []
-        for task, size, number in sorted(sizes):
-            full = batches and (len(batches[-1]) + 1) * size > self.limits.cached
-            if not batches or full or self.task_of(self.trees[batches[-1][0]]) != task:
-                batches.append([])
-            batches[-1].append(number)
-        return batches
 
     def caches_keys(self, i: int) -> bool:
         """Whether the keys and values of an example's own prefix are cached."""
-        return self.cache_plan is not None and int(self.tree_of[i]) in self.cache_plan.first_slot
+        number = int(self.tree_of[i])
+        return self.cache_plan is not None and number >= 0 and bool(self.cache_plan.first_slot[number] >= 0)
 
     def slots_of(self, i: int) -> np.ndarray:
         """The slots of an example's own prefix, where its keys are cached."""
         number = int(self.tree_of[i])
-        return self.cache_plan.first_slot[number] + self.trees[number].tree.paths[self.place_in_tree[i]]
+        return self.cache_plan.first_slot[number] + self.tree(number).tree.paths[self.place_in_tree[i]]
 
     # ---- calls of the model
 
@@ -235,7 +202,7 @@ class PrefixPlan:
             for i, path in zip(members, tree.paths, strict=True):
                 if self.static_labels[i]:
                     first = self.examples.prompt_len[i] - 1
-                    nodes = path[first - self.template_len[i] :]
+                    nodes = path[first - start :]
                     predicting.append(b * layout.width + nodes)
                     targets.append(self.examples.ids(i)[first + 1 : first + 1 + len(nodes)])
                     labelled.append(i)
@@ -245,6 +212,7 @@ class PrefixPlan:
         """The tails of a micro-batch, and the labels that they predict. slots: example -> slots of its own prefix; None if
         the examples have no own prefix."""
         examples, task = self.examples, int(self.examples.task[indices[0]])
+        start = len(self.templates[task])
         trees, reads, read_slots, paths, targets = [], [], [], [], []
         for group in self.tail_groups(indices):
             tree = self.tail_tree(group)
@@ -253,11 +221,10 @@ class PrefixPlan:
                 read_slots.append(own)
                 reads.append(read)
             for i, path in zip(group, tree.paths, strict=True):
-                first = max(int(examples.prompt_len[i]) - 1, int(self.static_end[i]))  # first predicting position here
+                first = max(int(examples.prompt_len[i]) - 1, start + int(self.own_len[i]))  # first predicting position here
                 paths.append((len(trees), path[len(path) - (int(examples.length[i]) - 1 - first) :]))
                 targets.append(examples.ids(i)[first + 1 :])
             trees.append(tree)
-        start = len(self.templates[task])
         past_len = start + max(map(len, read_slots), default=0)
         layout = lay_out(trees, start=start, past_len=past_len, reads=reads or None)
         predicting = joined([b * layout.width + path for b, path in paths])
@@ -269,17 +236,15 @@ class PrefixPlan:
             return [[int(i)] for i in indices]
         groups = []
         for group in group_by_user(self.examples, indices, self.tree_of):
-            inputs = {i: self.examples.ids(i)[self.template_len[i] : self.examples.length[i] - 1] for i in group}
-            groups += split_by_nodes(inputs, TREE_TOKENS)
+            groups += split_by_nodes({i: self.without_template(i) for i in group}, TREE_TOKENS)
         return groups
 
     def tail_tree(self, group: list[int]) -> Tree:
         """The tree of a group's tails; its paths are the examples', in their order."""
-        examples = self.examples
         if len(group) == 1:
-            (i,) = group
-            return chain(examples.ids(i)[self.static_end[i] : examples.length[i] - 1], depth=int(self.own_len[i]))
-        whole = build_tree([examples.ids(i)[self.template_len[i] : examples.length[i] - 1] for i in group])
+            own = int(self.own_len[group[0]])
+            return chain(self.without_template(group[0])[own:], depth=own)
+        whole = build_tree([self.without_template(i) for i in group])
         dynamic = np.zeros(len(whole.tokens), dtype=bool)
         for i, path in zip(group, whole.paths, strict=True):
             dynamic[path[int(self.own_len[i]) :]] = True
@@ -298,7 +263,7 @@ class PrefixPlan:
         read = np.zeros((len(tree.tokens), len(own)), dtype=bool)
         for i, path in zip(group, tree.paths, strict=True):
             columns = np.searchsorted(own, slots[i])
-            positions[columns] = self.template_len[i] + np.arange(len(columns))
+            positions[columns] = self.own_start(i) + np.arange(len(columns))
             read[np.ix_(path, columns)] = True
         return own, CachedReads(positions, read)
 
@@ -312,7 +277,9 @@ class PrefixPlan:
         """
         assigned = self.processes_of(indices, processes)
         has_tail = self.tail_len[indices] > 0
-        cached = np.array([self.caches_keys(i) if self.tree_of[i] >= 0 else -1 for i in indices])
+        trees = self.tree_of[indices]
+        keeps = np.zeros(len(indices), dtype=bool) if self.cache_plan is None else self.cache_plan.in_slots(trees)
+        cached = np.where(trees >= 0, keeps, -1)
         kinds = np.stack([self.examples.task[indices], has_tail, cached, assigned], axis=1)
         parts: list[MicroBatch] = []
         for kind in np.unique(kinds, axis=0):
@@ -326,9 +293,8 @@ class PrefixPlan:
         """The process that owns the cached batch of each example's tree, -1 where any process may take it."""
         if self.cache_plan is None or processes == 1:
             return np.full(len(indices), -1)
-        batch_of = self.cache_plan.batch_of
-        batches = [batch_of.get(int(self.tree_of[i]), -1) for i in indices]
-        return np.array([batch % processes if batch >= 0 else -1 for batch in batches])
+        batches = self.cache_plan.batches_of(self.tree_of[indices])
+        return np.where(batches >= 0, batches % processes, -1)
 
     def cut_kind(self, members: np.ndarray, sizes: np.ndarray, process: int | None) -> list[MicroBatch]:
         """Micro-batches of examples of one kind, within the bounds on tail tokens and on cached keys read beside them."""
@@ -348,10 +314,12 @@ class PrefixPlan:
 
     def keys_read(self, group: list[int]) -> int:
         """How many cached tokens the tree of a group's tails reads: the own prefixes of the group, shared tokens once."""
+        if len(group) == 1:
+            return int(self.own_len[group[0]])
         number = int(self.tree_of[group[0]])
         if number < 0:
             return 0
-        return len(np.unique(np.concatenate([self.trees[number].tree.paths[self.place_in_tree[i]] for i in group])))
+        return len(np.unique(np.concatenate([self.tree(number).tree.paths[self.place_in_tree[i]] for i in group])))
 
     def cost(self, part: np.ndarray) -> float:
         """Roughly how many token forwards: two for a tail token (forward and backward), one for an own-prefix token that
@@ -366,24 +334,11 @@ class PrefixPlan:
 
     def shares(self) -> str:
         """What the tokens are, in words: template, own prefix and tail add up to all."""
-        total = int(self.examples.length.sum()) / 100
-        template, own, labels = (int(part.sum()) / total for part in (self.template_len, self.own_len, self.examples.labels))
+        total, template, own, labels = self.parts.totals.tolist()
+        template, own, labels = (100 * part / total for part in (template, own, labels))
         return (
             f"{template:.0f}% template, {own:.0f}% own prefix, {100 - template - own:.0f}% tail; {labels:.0f}% carry a label"
         )
-
-
-def find_templates(examples: Examples) -> dict[int, np.ndarray]:
-    """The longest common token prefix of each task; it ends before any SID and before any position that predicts a label."""
-    found = {}
-    for task in np.unique(examples.task):
-        members = np.nonzero(examples.task == task)[0]
-        bound = int(np.minimum(examples.static_len, examples.prompt_len - 1)[members].min())
-        shared = examples.ids(members[0])[:bound]
-        for i in members[1:]:
-            shared = shared[: common_prefix(shared, examples.ids(i)[: len(shared)])]
-        found[int(task)] = np.array(shared)
-    return found
 
 
 def joined(arrays: list[np.ndarray]) -> np.ndarray:

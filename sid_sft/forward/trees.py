@@ -68,18 +68,28 @@ def chain(tokens: np.ndarray, *, depth: int = 0) -> Tree:
 
 def build_tree(sequences: list[np.ndarray]) -> Tree:
     """The tree of some sequences; a sequence shares with its predecessor in lexicographic order all it shares at all."""
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
+    ordered = [sequences[place] for place in order]
+    tree = tree_of_sorted(ordered, [0, *map(common_prefix, ordered, ordered[1:])])
+    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
+    for place, path in zip(order, tree.paths, strict=True):
+        paths[place] = path
+    return tree._replace(paths=paths)
+
+
+def tree_of_sorted(sequences: list[np.ndarray], shared: list[int]) -> Tree:
+    """The tree of sequences in lexicographic order, of which each shares so many tokens with the one before it."""
     tokens: list[np.ndarray] = []
     depth: list[np.ndarray] = []
-    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
-    count, before, path_before = 0, np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
-    for place in sorted(range(len(sequences)), key=lambda i: sequences[i].tolist()):
-        sequence = sequences[place]
-        shared = common_prefix(before, sequence)
-        new = np.arange(count, count + len(sequence) - shared)
-        tokens.append(sequence[shared:])
-        depth.append(np.arange(shared, len(sequence)))
-        paths[place] = np.concatenate([path_before[:shared], new])
-        count, before, path_before = count + len(new), sequence, paths[place]
+    paths: list[np.ndarray] = []
+    count, before = 0, np.empty(0, dtype=np.int64)
+    for sequence, common in zip(sequences, shared, strict=True):
+        new = np.arange(count, count + len(sequence) - common)
+        tokens.append(sequence[common:])
+        depth.append(np.arange(common, len(sequence)))
+        before = np.concatenate([before[:common], new])
+        paths.append(before)
+        count += len(new)
     return Tree(np.concatenate(tokens), np.concatenate(depth), paths)
 
 

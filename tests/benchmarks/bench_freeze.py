@@ -272,13 +272,13 @@ def shares(forward, examples, sampler, micro: int, model) -> dict:
     )
     backbone, head = parameters_of(model)
     tail, own = int(forward.plan.tail_len.sum()), int(forward.plan.own_len.sum())
-    in_trees = sum(len(tree.tokens) for _, tree in forward.plan.trees)
+    in_trees = int(forward.plan.parts.nodes.sum())
     static, labels = int(forward.plan.static_labels.sum()), int(examples.labels.sum())
     plain = padded * (2 * backbone + 3 * head)
     later = tail_flop(forward, examples, model) / 2
     first = later + in_trees * backbone + static * head
     return {
-        "template": int(forward.template_len.sum()) / total,
+        "template": int(forward.plan.parts.totals[1]) / total,
         "own_prefix": own / total,
         "tail": tail / total,
         "labels": labels / total,
