@@ -17,7 +17,7 @@ from rq.files import InputError, named, read_json, shown, whole_file
 from rq.origin import sha256_of
 from rq.parts import parts_of
 
-HASHED = (".safetensors", ".bin", ".json", ".txt", ".model")  # the files of an encoder or a quantizer that decide
+HASHED: tuple[str, ...] = (".safetensors", ".bin", ".json", ".txt", ".model")  # of an encoder or a quantizer
 HASHED += (".parquet", ".csv", ".tsv", ".jsonl", ".gz", ".dat", ".data", ".inter", ".item")  # and tables
 
 

@@ -188,6 +188,12 @@ SHARED_FLAGS: dict[str, dict] = {
     },
 }
 QUANTIZER_FLAGS = tuple(SHARED_FLAGS)
+SHARED_FLAGS["fit_sample"] = {
+    "type": at_least(2),
+    "metavar": "N",
+    "help": "random items to make the first codebooks of (256 for each code of the largest level; k-means takes no more)",
+}
+FITTING_FLAGS = (*QUANTIZER_FLAGS, "fit_sample")
 OUTPUT_FLAGS = ("output", "codes_output", "ckpt_path")
 CHECKPOINT_FILES = ("model.safetensors", "config.json")  # the folder --ckpt_path
 
