@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rq.files import InputError, check_output, named, one_line, shown, told
+from rq.parts import parts_of
 
 log = logging.getLogger("rq")
 
@@ -135,6 +136,16 @@ def existing(text: str) -> Path:
     if not text or not path.exists():
         raise argparse.ArgumentTypeError(f"{one_line(text) or 'nothing'}: no such file")
     return path
+
+
+def existing_files(text: str) -> Path:
+    """A flag type: a file to read, or several (parts.py), refused at once where there is none."""
+    try:
+        if not Path(text).exists():
+            parts_of(Path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 # The flags several commands share: one meaning, one default, one help text.

@@ -144,12 +144,7 @@ def write_training_files(
 
 def a_table(text: str) -> Path:
     """A flag type: a file to read, several (parts.py), or an address of the Hub."""
-    try:
-        if not text.startswith(HUB) and not Path(text).exists():
-            parts_of(Path(text))
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Path(text)
+    return Path(text) if text.startswith(HUB) else command_line.existing_files(text)
 
 
 @command_line.command("prepare")

@@ -33,9 +33,8 @@ def run_in_processes(module: str, argv: Sequence[str] | None, *, count: int) -> 
             time.sleep(POLL_S)
         for rank, process in enumerate(running):
             if process.returncode and process.returncode < 0:
-                raise InputError(
-                    f"process {rank} was stopped by signal {-process.returncode}; give the command again to go on"
-                )
+                signal = -process.returncode
+                raise InputError(f"process {rank} was stopped by signal {signal}; give the command again to go on")
             if process.returncode:
                 raise SystemExit(process.returncode)
     finally:

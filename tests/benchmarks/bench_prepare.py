@@ -83,7 +83,10 @@ def run(tree: Path, folder: Path, kind: str, out: str, *extra: str) -> tuple[flo
 
 
 def size_gb(folder: Path, ending: str) -> float:
-    return sum((folder / f"X.{part}.{ending}").stat().st_size for part in PARTS) / 1e9
+    """The size of the training files, each of which may be a folder of parts."""
+    paths = [folder / f"X.{part}.{ending}" for part in PARTS]
+    files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files) / 1e9
 
 
 def main() -> None:
