@@ -86,6 +86,10 @@ def opened_base(output_dir: Path, name: str, *, memory_gb: float) -> Iterator["d
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         what = " ".join(str(error).split())[:MOST_TOLD]
         raise InputError(f"{spill}: {what}; free space there, or give more --memory_gb than {memory_gb:g}") from error
+    except RuntimeError as error:
+        if "interrupted" not in str(error):
+            raise
+        raise KeyboardInterrupt from error  # what DuckDB makes of Ctrl-C and SIGTERM
     finally:
         base.close()
         shutil.rmtree(spill, ignore_errors=True)

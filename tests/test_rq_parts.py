@@ -1,8 +1,12 @@
 """Logs in several files and logs that are larger than the memory given: the outputs are those of one file in memory."""
 
 import csv
+import os
 import random
+import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.csv
@@ -192,6 +196,25 @@ def test_what_does_not_fit_into_memory_goes_to_a_folder_that_is_removed(tmp_path
     assert len(kept) == rows
     assert kept.users[int(kept.user_N[0])].as_py() == f"{(rows - 1) * 7919 % rows:0200}"  # the last row is the oldest
     assert kept.time_N.tolist() == list(range(rows))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_while_the_base_computes_ends_in_one_line(shop, monkeypatch, capsys, stop):
+    class Endless:
+        def __init__(self, table: object, base: Any) -> None:
+            threading.Timer(0.2, os.kill, (os.getpid(), stop)).start()
+            base.execute("SELECT count(*) FROM range(10000000) a JOIN range(10000000) b ON a.range % 2 = b.range % 2")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(prepare, "InteractionLog", Endless)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            prepare.main(arguments(shop, shop / "log.csv", "out"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == "rq.prepare: interrupted; unfinished outputs were removed"
+    assert not (shop / "out").exists()
+    assert not list(shop.glob(".*"))
 
 
 def test_the_folder_of_a_run_that_was_killed_is_removed_and_that_of_a_running_one_is_not(tmp_path, monkeypatch):
