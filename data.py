@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING, Any
 from sid_sft.catalogue import Catalogue, Item, read_catalogue, read_index
 from sid_sft.dataset_cache import CACHE_DIR, CACHE_FORMAT, Source, cached_folder, open_dataset, write_dataset
 from sid_sft.encoding import Encoder, tokenizer_hash
-from sid_sft.files import InputError, content_hash, file_hash
+from sid_sft.files import InputError, content_hash
 from sid_sft.interactions import CSV_COLUMNS, MAX_LEFT_OUT, Row, read_preferences, read_rows
+from sid_sft.parts import source_hash
 from sid_sft.tasks import DEFAULT_TASKS, PROMPTS, TASKS, read_prompts, render
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def build_dataset(
         [prompts[name] for name in names],
         catalogue.items,
         source.split,
-        *(file_hash(path) if path else None for path in source[:2]),
+        *(source_hash(path) if path else None for path in source[:2]),
         tokenizer_hash(tokenizer),
         cutoff_len,
         sample,
@@ -133,8 +134,9 @@ class SFTDataset:
         -> {"input_ids": [464, ..., 16004, 2], "attention_mask": [1, ..., 1, 1], "labels": [-100, ..., 16004, 2]}
 
     The labels of the prompt are -100. With test=True the input is the prompt alone and the labels are the answer's ids.
-    `file` is the interaction CSV or preference file of the task; `max_len` is the cutoff in tokens; `prompts` are
-    templates of one's own by task name, {"sid_sid": "{category} so far:\\n{history}"}, or a JSON file of such templates.
+    `file` is the interactions (one file or several, parts.py) or the preference file of the task; `max_len` is the cutoff in
+    tokens; `prompts` are templates of one's own by task name, {"sid_sid": "{category} so far:\\n{history}"}, or a JSON file
+    of such templates.
     """
 
     tasks: str  # the name that --tasks takes

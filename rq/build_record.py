@@ -15,8 +15,10 @@ from pathlib import Path
 
 from rq.files import InputError, named, read_json, shown, whole_file
 from rq.origin import sha256_of
+from rq.parts import parts_of
 
-HASHED = (".safetensors", ".bin", ".json", ".txt", ".model")  # the files of an encoder or a quantizer that decide
+HASHED: tuple[str, ...] = (".safetensors", ".bin", ".json", ".txt", ".model")  # of an encoder or a quantizer
+HASHED += (".parquet", ".csv", ".tsv", ".jsonl", ".gz", ".dat", ".data", ".inter", ".item")  # and tables
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,15 @@ class Step:
 
 
 def content_hash(path: Path) -> str:
-    """A hash of a file, or of those of a folder that decide what it does."""
-    if not path.is_dir():
+    """A hash of a file, of several (parts.py), or of those of a folder that decide what it does."""
+    if path.is_file():
         return sha256_of([path])
-    inner = sorted(file for file in path.rglob("*") if file.suffix in HASHED and file.is_file())
-    names = "\n".join(str(file.relative_to(path)) for file in inner)
+    if path.is_dir():
+        inner = sorted(file for file in path.rglob("*") if file.suffix in HASHED and file.is_file())
+        names = "\n".join(str(file.relative_to(path)) for file in inner)
+    else:
+        inner = parts_of(path)
+        names = "\n".join(map(str, inner))
     return hashlib.sha256((names + sha256_of(inner)).encode()).hexdigest()
 
 

@@ -32,16 +32,18 @@ SINKHORN_ROUNDS = 100
 DISTANCES_AT_ONCE = 2**24  # 64 MiB of float32
 
 
-def training_sample(embeddings: Embeddings, levels: tuple[int, ...], *, seed: int) -> np.ndarray:
-    """Rows (S, D) to make codebooks from: 256 for each centroid of the largest level. Stops
-    when a level has more centroids than there are items, and at a row that is not finite.
+def training_sample(embeddings: Embeddings, levels: tuple[int, ...], *, size: int | None = None, seed: int) -> np.ndarray:
+    """Rows (S, D) to make codebooks from: `size`, or 256 for each centroid of the largest level. Stops
+    when a level has more centroids than there are rows, and at a row that is not finite.
     """
     if len(embeddings) < max(levels):
         raise InputError(
             f"{embeddings.path} has {len(embeddings):,} items, fewer than the {max(levels):,} centroids of a level; "
             "give smaller --levels"
         )
-    sample_SD = embeddings.sample(TRAINING_ROWS_PER_CENTROID * max(levels), seed=seed)
+    if size is not None and size < max(levels):
+        raise InputError(f"--fit_sample {size:,} is less than the {max(levels):,} centroids of a level; give more")
+    sample_SD = embeddings.sample(size or TRAINING_ROWS_PER_CENTROID * max(levels), seed=seed)
     log.info(
         "codebooks from %s of %s items, %s dimensions", f"{len(sample_SD):,}", f"{len(embeddings):,}", embeddings.n_dims
     )

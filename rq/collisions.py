@@ -5,58 +5,102 @@
     relocate    -> [(1, 2), (3, 4), (1, 7)], where 7 is the nearest free code for the third item
     keep        -> [(1, 2), (3, 4), (1, 2)]
 
-N items, L levels, K codes of the last level, R rows of a group. A SID is a tuple of codes, L of them or L + 1.
+N items, L levels, K codes of the last level, G groups of items with equal codes, R rows of a group. A SID is a tuple of M
+codes, L of them or L + 1.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from rq.index_file import Sid
 
+SIDS_AT_ONCE = 65_536
 # (R,) items and their codes (R, L) -> (R, K): what it costs to give an item each code of the last level.
 LastLevelCosts = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def keep(codes_NL: np.ndarray) -> list[Sid]:
+class Sids(Sequence[Sid]):
+    """The SIDs of N items in 4 bytes a code, to be gone through like a list of tuples: (N, M) codes, -1 where there is none.
+
+    list(Sids(np.array([[1, 2, 0], [3, 4, -1]]))) -> [(1, 2, 0), (3, 4)]
+    """
+
+    def __init__(self, codes_NM: np.ndarray) -> None:
+        self.codes_NM = codes_NM
+
+    def __len__(self) -> int:
+        return len(self.codes_NM)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return Sids(self.codes_NM[at])
+        codes = self.codes_NM[at].tolist()
+        return tuple(codes[:-1] if codes[-1] < 0 else codes)
+
+    def __iter__(self) -> Iterator[Sid]:
+        for start in range(0, len(self), SIDS_AT_ONCE):
+            for codes in self.codes_NM[start : start + SIDS_AT_ONCE].tolist():
+                yield tuple(codes[:-1] if codes[-1] < 0 else codes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+def keep(codes_NL: np.ndarray) -> Sids:
     """Every item keeps its codes, shared or not."""
-    return list(map(tuple, codes_NL.tolist()))
+    return Sids(codes_NL)
 
 
-def add_a_code(codes_NL: np.ndarray, *, published: Sequence[Sid] = ()) -> list[Sid]:
+def groups(codes_NL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The items (N,), those with equal codes beside each other in ascending order, and where each group begins (G,)."""
+    order_N = np.lexsort(codes_NL.T[::-1])
+    sorted_NL = codes_NL[order_N]
+    begins_N = np.ones(len(codes_NL), bool)
+    begins_N[1:] = (sorted_NL[1:] != sorted_NL[:-1]).any(axis=1)
+    return order_N, np.flatnonzero(begins_N)
+
+
+def group_sizes(codes_NL: np.ndarray) -> np.ndarray:
+    """(G,) how many items have the codes of each group."""
+    _, begin_G = groups(codes_NL)
+    return np.diff(begin_G, append=len(codes_NL))
+
+
+def add_a_code(codes_NL: np.ndarray, *, published: Sequence[Sid] = ()) -> Sids:
     """An extra last code, counted from 0 in item order, on the items that share their codes and on no other.
 
-    >>> add_a_code(np.array([[1, 2], [3, 4], [1, 2]]))
+    >>> list(add_a_code(np.array([[1, 2], [3, 4], [1, 2]])))
     [(1, 2, 0), (3, 4), (1, 2, 1)]
 
     A new item that meets a published one gets the first number unused: published SIDs never change.
 
-    >>> add_a_code(np.array([[1, 2], [1, 2]]), published=[(1, 2)])
+    >>> list(add_a_code(np.array([[1, 2], [1, 2]]), published=[(1, 2)]))
     [(1, 2, 0), (1, 2, 1)]
     """
     n_levels = codes_NL.shape[1]
-    own = keep(codes_NL)
-    group_size = Counter(own)
     next_extra: dict[Sid, int] = {}
     for sid in published:
         extra = sid[n_levels] + 1 if len(sid) > n_levels else 0
         next_extra[sid[:n_levels]] = max(extra, next_extra.get(sid[:n_levels], 0))
-    resolved = []
-    for sid in own:
-        if group_size[sid] == 1 and sid not in next_extra:
-            resolved.append(sid)
-            continue
-        extra = next_extra.get(sid, 0)
-        next_extra[sid] = extra + 1
-        resolved.append((*sid, extra))
-    return resolved
+    order_N, begin_G = groups(codes_NL)
+    size_G = np.diff(begin_G, append=len(order_N))
+    start_G = np.where(size_G > 1, 0, -1)  # the first extra code of a group; -1: the item is alone and needs none
+    if next_extra:
+        for group, codes in enumerate(codes_NL[order_N[begin_G]].tolist()):
+            start_G[group] = next_extra.get(tuple(codes), start_G[group])
+    resolved_NM = np.empty((len(codes_NL), n_levels + 1), np.int32)  # both halves are written
+    resolved_NM[:, :-1] = codes_NL
+    resolved_NM[order_N, -1] = np.repeat(start_G - begin_G, size_G) + np.arange(len(order_N))
+    return Sids(resolved_NM)
 
 
 def relocate(
     codes_NL: np.ndarray, *, n_last: int, capacity: int, costs: LastLevelCosts, published: Sequence[Sid] = ()
-) -> tuple[list[Sid], int]:
+) -> tuple[Sids, int]:
     """Move the last code of items that share their SID with more than `capacity` to free ones, at the least total cost.
 
     The nearest items of an overfull SID stay, after the published ones, which never move. Returns the

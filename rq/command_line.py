@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rq.files import InputError, check_output, named, one_line, shown, told
+from rq.parts import parts_of
 
 log = logging.getLogger("rq")
 
@@ -137,6 +138,16 @@ def existing(text: str) -> Path:
     return path
 
 
+def existing_files(text: str) -> Path:
+    """A flag type: a file to read, or several (parts.py), refused at once where there is none."""
+    try:
+        if not Path(text).exists():
+            parts_of(Path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 # The flags several commands share: one meaning, one default, one help text.
 SHARED_FLAGS: dict[str, dict] = {
     "item_file": {
@@ -188,6 +199,12 @@ SHARED_FLAGS: dict[str, dict] = {
     },
 }
 QUANTIZER_FLAGS = tuple(SHARED_FLAGS)
+SHARED_FLAGS["fit_sample"] = {
+    "type": at_least(2),
+    "metavar": "N",
+    "help": "random items to make the first codebooks of (256 for each code of the largest level; k-means takes no more)",
+}
+FITTING_FLAGS = (*QUANTIZER_FLAGS, "fit_sample")
 OUTPUT_FLAGS = ("output", "codes_output", "ckpt_path")
 CHECKPOINT_FILES = ("model.safetensors", "config.json")  # the folder --ckpt_path
 

@@ -82,9 +82,10 @@ class Embeddings:
         """Up to `size` rows (S, D) drawn without replacement, in
         row order; every row is checked to be finite on the way.
         """
-        drawn = np.arange(self.n_items)
         if size < self.n_items:
             drawn = np.sort(np.random.default_rng(seed).choice(self.n_items, size, replace=False))
+        else:
+            drawn = np.arange(self.n_items)
         sample_SD = np.empty((len(drawn), self.n_dims), np.float32)  # each drawn row lies in one chunk
         for start, chunk_RD in self.chunks():
             self._check_chunk(start, chunk_RD)

@@ -162,17 +162,17 @@ def _temporary(path: Path) -> Path:
 def whole_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a folder: it becomes `path` if the block ends well, else it vanishes.
 
-    A folder that is replaced is renamed first and deleted last, so that one of the two is there at any time.
+    What is replaced by a folder, or is one, is renamed first and deleted last, so that one of the two is there at any time.
     """
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if temporary.is_dir() and path.is_dir():
+        if (temporary.is_dir() and path.exists()) or path.is_dir():
             replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.replace(path, replaced)
             os.replace(temporary, path)
-            shutil.rmtree(replaced)
+            _remove(replaced)
         else:
             os.replace(temporary, path)
     except OSError as error:
@@ -180,10 +180,14 @@ def whole_path(path: Path) -> Iterator[Path]:
             raise  # another file's
         raise _not_written(path, error) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def hub_address(path: Path) -> str | None:
     return SCHEME + text.removeprefix("hf:/") if text.startswith("hf:/datasets/") else None
 
 
-def open_dataset(address: str) -> tuple[list[str], Callable[[Sequence[int]], "pd.DataFrame"]]:
+def open_dataset(address: str) -> tuple[list[str], Callable[[Sequence[int]], list["pd.DataFrame"]]]:
     """The names of a dataset's columns, and how to read some of them, by their positions."""
     try:
         import datasets
@@ -44,8 +44,8 @@ def open_dataset(address: str) -> tuple[list[str], Callable[[Sequence[int]], "pd
     except Exception as error:  # as many kinds as the libraries below have
         raise InputError(f"{address}: cannot be read ({told(error)}); download a file of it and give that") from error
 
-    def read(wanted: Sequence[int]) -> "pd.DataFrame":
-        return rows.select_columns([header[at] for at in wanted]).to_pandas().set_axis(wanted, axis=1)
+    def read(wanted: Sequence[int]) -> list["pd.DataFrame"]:
+        return [rows.select_columns([header[at] for at in wanted]).to_pandas().set_axis(wanted, axis=1)]
 
     return header, read
 

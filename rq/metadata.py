@@ -28,9 +28,8 @@ def catalogue(metadata: Table) -> dict[str, dict[str, str]]:
     the items with a title; the first row of an item counts.
     """
     items: dict[str, dict[str, str]] = {}
-    rows = metadata.rows
     has_genres = metadata.names.get("categories", "").partition(":")[0].strip().casefold() in GENRES
-    cells = zip(*(rows[field] for field in ITEM_FIELDS), strict=True)
+    cells = (row for rows in metadata.chunks for row in zip(*(rows[field] for field in ITEM_FIELDS), strict=True))
     for number, (raw_id, title, description, brand, categories, features) in enumerate(cells):
         raw_id, title = cell_text(raw_id), cleaned(cell_text(title))
         if raw_id and title and raw_id not in items:

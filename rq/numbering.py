@@ -11,16 +11,12 @@ import csv
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rq.catalogue import plain, read_items
-from rq.files import InputError, shown, told
+from rq.files import InputError, told
 from rq.index_file import Sid, read_sids, sid_tokens
 from rq.sequences import are_numbers
-from rq.tables import Table
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 log = logging.getLogger("rq.numbering")
 
@@ -73,36 +69,15 @@ def number_items(raw_ids: Iterable[str], ids_file: Path, *, renumber: bool, may_
     return numbers
 
 
-def items_to_number(table: Table, rows: "pd.DataFrame", items: Mapping[str, object], *, bought_only: bool) -> list[str]:
-    """The raw ids in the order of their numbers: the items of the rows kept as they first appear, then all others with a
-    title. Ids that are numbers already, as in LC-Rec's files, stay in their order.
+def items_to_number(bought: Iterable[str], items: Iterable[str], *, in_order: bool) -> list[str]:
+    """The raw ids in the order of their numbers: the items of the rows kept as they first stand, then all others with a
+    title. Ids that are numbers already, as in LC-Rec's files (`in_order`), stay in their order.
     """
-    raw_ids = list(dict.fromkeys([*rows.item.unique(), *([] if bought_only else items)]))
-    return sorted(raw_ids, key=int) if not table.has_times and are_numbers(raw_ids) else raw_ids
+    raw_ids = list(dict.fromkeys([*bought, *items]))
+    return sorted(raw_ids, key=int) if in_order and are_numbers(raw_ids) else raw_ids
 
 
-def why_not_numbered(table: Table, ids_file: Path) -> str:
-    """Why the items are not named by their numbers in an index, in words; '' where they are."""
-    if ids_file.exists():
-        return f"{ids_file} is of a run that numbered the items itself"
-    if table.has_times:
-        return f"{table.path} is a table, not the item numbers of each user"
-    other = next((raw_id for raw_id in table.rows.item.drop_duplicates() if not are_numbers([raw_id])), None)
-    return "" if other is None else f"{table.path} has the item {shown(other)}"
-
-
-def check_ids_meet(table: Table, raw_ids: Sequence[str], items: Mapping[str, object], *, items_file: Path) -> None:
-    """InputError, with an id of each file, where no item of the interactions has a title in the other file."""
-    if not items:
-        raise InputError(f"{items_file}: no item has a title and an id; look into the file, or name its --title_column")
-    if not any(raw_id in items for raw_id in raw_ids):
-        raise InputError(
-            f"{items_file}: no item of the interactions has a title: ids here are like {shown(next(iter(items)))}, those "
-            f"of {table.path} like {shown(raw_ids[0])}; give two files of one dataset, or name the right --item_column"
-        )
-
-
-def published_items(flags: argparse.Namespace, rows: "pd.DataFrame") -> Published:
+def published_items(flags: argparse.Namespace, bought: Iterable[str]) -> Published:
     """The items that the first run numbered, with the SIDs of --index."""
     item_file, ids_file = flags.output_dir / f"{flags.name}.item.json", flags.output_dir / f"{flags.name}.item_ids.csv"
     if not item_file.exists() or not ids_file.exists():
@@ -116,7 +91,7 @@ def published_items(flags: argparse.Namespace, rows: "pd.DataFrame") -> Publishe
             f"{flags.index}: {fault}, {item_file} has {len(titles):,} items; bring the index up with "
             f"rq.generate_indices --append"
         )
-    numbers = number_items(rows.item.drop_duplicates(), ids_file, renumber=False, may_grow=False)
+    numbers = number_items(bought, ids_file, renumber=False, may_grow=False)
     check_same_items(titles, item_file, numbers, ids_file)
     return Published(numbers, dict(enumerate(titles)), joined(index))
 

@@ -1,70 +1,92 @@
-"""Parquet files: their columns as they are, and a stop before a small file becomes gigabytes."""
+"""Parquet files: their columns as they are, some rows at a time, and a stop before a small file becomes gigabytes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rq.files import InputError, told
+from rq.parts import columns_of_folders
 from rq.text_files import most_unpacked, too_large
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow
+    import pyarrow.parquet
+
+ROWS_AT_ONCE = 2**18
 
 
 def parquet_names(path: Path) -> list[str]:
-    """The names of the columns, those in which pandas keeps an index among them."""
+    """The names of the columns, those in which pandas keeps an index and those of the folders among them."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        names = pyarrow.parquet.ParquetDataset(path).schema.names
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = list(file.schema_arrow.names)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _not_parquet(path, error) from error
-    return names
+    return names + [name for name in columns_of_folders(path) if name not in names]
 
 
-def read_parquet(path: Path, header: Sequence[str], wanted: Sequence[int]) -> "pd.DataFrame":
-    """The columns at some positions, as they are in the file: whole numbers stay whole where a cell is empty.
+def read_parquet(path: Path, header: Sequence[str], wanted: Sequence[int]) -> Iterator["pd.DataFrame"]:
+    """The columns at some positions, as they are in the file, some rows at a time; none of a file without rows.
 
     Text is first read as a number per row and a list of the different texts, and only in full when that is known not to be
     too much: one long text in a million rows is a small file.
     """
+    import pandas as pd
     import pyarrow
     import pyarrow.parquet
 
-    names = [header[at] for at in wanted]
+    of_folders = columns_of_folders(path)
     try:
-        file = pyarrow.parquet.ParquetDataset(path)
-        most = most_unpacked(sum(map(os.path.getsize, file.files)))
-        if sum(part.count_rows() for part in file.fragments) * 8 * len(names) > most:
-            raise InputError(too_large(path))
-        packed = pyarrow.parquet.ParquetDataset(path, read_dictionary=_paths_of_columns(file.files)).read(columns=names)
-        packed.validate(full=True)
-        if sum(_bytes_of_text(part) for column in packed.columns for part in column.chunks) > most:
-            raise InputError(too_large(path))
-        del packed  # all is read anew, in full
-        raw = file.read(columns=names).to_pandas(ignore_metadata=True, integer_object_nulls=True)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            inner = [header[at] for at in wanted if header[at] in file.schema_arrow.names]
+            _check_unpacked(path, file, inner)
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=inner, use_threads=False):
+                batch.validate(full=True)
+                part = batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+                columns = [part[header[at]] if header[at] in inner else of_folders[header[at]] for at in wanted]
+                yield pd.DataFrame(
+                    {at: _plain(column) for at, column in zip(wanted, columns, strict=True)}, index=range(len(batch))
+                )
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _not_parquet(path, error) from error
-    raw = raw.set_axis(wanted, axis=1)
-    for at in wanted:
-        if raw[at].dtype == "category":
-            raw[at] = raw[at].astype(object)
-        elif getattr(raw[at].dtype, "tz", None):  # Python has no moment with a time zone after the year 9999, Parquet has
-            raw[at] = raw[at].dt.tz_convert("UTC").dt.tz_localize(None)
-    return raw
 
 
-def _paths_of_columns(files: Sequence[str]) -> list[str]:
-    """The columns as Parquet has them, lists by what they are lists of: title, categories.list.element."""
+def _plain(column: "pd.Series | str") -> "pd.Series | str":
+    """A column without categories and time zones."""
+    if isinstance(column, str):
+        return column
+    if column.dtype == "category":
+        return column.astype(object)
+    if getattr(column.dtype, "tz", None):  # Python has no moment with a time zone after the year 9999, Parquet has
+        return column.dt.tz_convert("UTC").dt.tz_localize(None)
+    return column
+
+
+def _check_unpacked(path: Path, file: "pyarrow.parquet.ParquetFile", names: Sequence[str]) -> None:
+    """InputError where some columns are more in full than any would be."""
+    import pyarrow
     import pyarrow.parquet
 
-    schemas = [pyarrow.parquet.ParquetFile(file).schema for file in files]
-    return sorted({schema.column(at).path for schema in schemas for at in range(len(schema))})
+    most = most_unpacked(os.path.getsize(path))
+    if file.metadata.num_rows * 8 * len(names) > most:
+        raise InputError(too_large(path))
+    found = 0
+    columns = [
+        file.schema.column(at).path for at in range(len(file.schema))
+    ]  # lists by what is in them: genres.list.element
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=columns) as packed:
+        for batch in packed.iter_batches(ROWS_AT_ONCE, columns=names, use_threads=False):
+            batch.validate(full=True)
+            found += sum(map(_bytes_of_text, batch.columns))
+            if found > most:
+                raise InputError(too_large(path))
 
 
 def _bytes_of_text(array: "pyarrow.Array") -> int:

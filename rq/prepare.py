@@ -9,121 +9,43 @@ Files whose items have the numbers of an index already, X.inter.json and X.index
 import argparse
 import contextlib
 import csv
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rq import command_line, settings
 from rq.catalogue import read_items
 from rq.command_line import log
-from rq.files import InputError, check_output, shown, whole_file, whole_path
+from rq.files import InputError, check_output, whole_file, whole_path
 from rq.formats import FIELD_NAMES
 from rq.hub import PREFIX as HUB
+from rq.hub import hub_address
 from rq.index_file import read_sids
-from rq.metadata import ITEM_FIELDS, LONGEST_NAME, OPTIONAL_FIELDS, catalogue, cell_text, unusable
+from rq.interaction_log import InteractionLog, Kept, opened_base
+from rq.metadata import ITEM_FIELDS, OPTIONAL_FIELDS, catalogue
 from rq.numbering import (
     Published,
-    check_ids_meet,
     check_same_items,
     items_to_number,
     number_items,
     numbered_items,
     published_items,
     read_numbers,
-    why_not_numbered,
 )
-from rq.sequences import check_in_index, read_interactions
-from rq.tables import Table, read_table
-from rq.timestamps import Column, read_times
-from rq.training_files import LONGEST_HISTORY, csv_cells, csv_lines, write_sequences
+from rq.parts import parts_of
+from rq.sequences import read_interactions
+from rq.tables import read_table
+from rq.training_files import LONGEST_HISTORY, PARTS, csv_cells, csv_lines, write_parts
 from rq.windows import histories, split_windows
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+MEMORY_GB = 4.0
 NO_ITEMS = "--items is missing; only an .inter.json with the --index of its item numbers does without it"
-
-
-def filter_interactions(
-    table: Table, *, known_items: Iterable[str] | None, k_core: int, dayfirst: bool | None
-) -> "pd.DataFrame":
-    """Rows that can be used, ordered by time, equal times as in the file; what is dropped is logged by reason. The k-core is
-    iterated to its fixed point. All items are known where `known_items` is None. Users and items are categories.
-    """
-    import numpy as np
-    import pyarrow
-
-    pyarrow.default_memory_pool().release_unused()  # where the texts of all rows were: as much as all that follows takes
-    rows = table.rows
-    column = Column(table.names["time"], rows.time, table.where)
-    times = read_times(column, dayfirst=dayfirst)
-    log.info("%s: %s read as %s", table.path, column.name, times.in_words)
-
-    dropped: dict[str, int] = {}
-
-    def keep(reason: str, good: "np.ndarray | pd.Series") -> None:
-        nonlocal rows
-        dropped[reason] = dropped.get(reason, 0) + int((~good).sum())
-        rows = rows if good.all() else rows[good]
-
-    read = len(rows)
-    for field in ("user", "item"):
-        bad = [code for code, text in enumerate(rows[field].cat.categories) if unusable(text, most=LONGEST_NAME)]
-        if bad:
-            at = rows[field].cat.codes.isin(bad).idxmax()
-            text = rows[field][at]
-            raise InputError(
-                f"{table.where(at)}: {field} {shown(text)} {unusable(text, most=LONGEST_NAME)}; mend or remove it"
-            )
-    rows = rows.assign(time=times.order)
-    keep("no user or item id", (rows.user != "") & (rows.item != ""))
-    keep("no timestamp", ~times.empty[rows.index])
-    unreadable = rows.time.isna()
-    keep("unreadable timestamp", ~unreadable)
-    rows = rows.astype({"time": rows.time.dtype.numpy_dtype})
-    keep("repeats user, item and time", ~rows.duplicated(["user", "item", "time"]))
-    if known_items is not None:
-        known = rows.item.cat.categories.isin(list(known_items))
-        keep("item has no title", known[rows.item.cat.codes])
-    before = -1
-    while len(rows) != before:
-        before = len(rows)
-        for field, reason in (
-            ("item", f"item in fewer than {k_core} rows"),
-            ("user", f"user with fewer than {k_core} rows"),
-        ):
-            codes = rows[field].cat.codes
-            keep(reason, (np.bincount(codes, minlength=1) >= k_core)[codes])
-    log.info("interactions: %s read, %s kept", f"{read:,}", f"{len(rows):,}")
-    for reason, count in dropped.items():
-        log.info("  dropped, %s: %s", reason, f"{count:,}")
-    if unreadable.any():
-        log.info("  the first unreadable timestamp: %s", column.shown(unreadable.idxmax()))
-    if rows.empty:
-        raise InputError("no interaction is left; check the columns read, or give a smaller --k_core")
-    return rows.iloc[np.argsort(rows.time.to_numpy(), kind="stable")]
-
-
-def with_texts(table: Table) -> Table:
-    """The interactions with users and items as categories: their different texts, in the order in which they first stand."""
-    import pandas as pd
-
-    columns = {}
-    for field in ("user", "item"):
-        cells = table.rows[field]
-        if cells.dtype == object:  # may hold True and 1, which are equal and have other texts
-            cells = cells.map(cell_text)
-        codes, different = pd.factorize(cells, use_na_sentinel=False)
-        text_of, texts = pd.factorize(pd.Series(different).map(cell_text))
-        columns[field] = pd.Categorical.from_codes(text_of[codes], categories=texts)
-    return dataclasses.replace(table, rows=table.rows.assign(**columns))
 
 
 def check_no_input(flags: argparse.Namespace, outputs: Iterable[Path]) -> None:
     """InputError where a file to write is one that was read."""
-    inputs = [path.resolve() for path in (flags.interactions, flags.items) if path]
+    tables = [path for path in (flags.interactions, flags.items) if path and not hub_address(path)]
+    inputs = [part.resolve() for path in tables for part in parts_of(path)]
     for path in outputs:
         if path.resolve() in inputs:
             raise InputError(f"{path} is also an input of this run; give another --name or --output_dir")
@@ -177,13 +99,14 @@ def write_items(
 
 
 def write_training_files(
-    flags: argparse.Namespace, rows: "pd.DataFrame", published: Published, *, items: Mapping[str, dict], kept_settings: str
+    flags: argparse.Namespace, kept: Kept, published: Published, *, items: Mapping[str, dict], kept_settings: str
 ) -> None:
     """The rows of each part and the info file, and `.item.json` where `items` are given."""
     numbers, titles, sids = published
-    if unused := len(titles) - rows.item.nunique():
+    if unused := len(titles) - len(kept.bought()):
         log.info("%s of %s items are in no row that is kept", f"{unused:,}", f"{len(titles):,}")
-    made = histories(rows, numbers)
+    made = histories(kept, numbers)
+    del kept
     parts = split_windows(made, split=flags.split)
     paths = {part: flags.output_dir / f"{flags.name}.{part}.{flags.output_format}" for part in parts}
     info_file, item_file = (flags.output_dir / f"{flags.name}.{ending}" for ending in ("info.txt", "item.json"))
@@ -199,9 +122,8 @@ def write_training_files(
                 lines = csv_lines(made, targets, cells, max_history=flags.max_history)
                 stack.enter_context(whole_file(paths[part])).writelines(lines)
             else:
-                write_sequences(stack.enter_context(whole_path(paths[part])), made, targets, max_history=flags.max_history)
-        kept = stack.enter_context(whole_file(settings.settings_file(flags.output_dir, flags.name)))
-        kept.write(kept_settings)
+                write_parts(stack.enter_context(whole_path(paths[part])), made, targets, max_history=flags.max_history)
+        stack.enter_context(whole_file(settings.settings_file(flags.output_dir, flags.name))).write(kept_settings)
         if items:
             stack.enter_context(whole_file(item_file)).writelines(
                 item_json((number, items.get(str(number), {"title": ""})) for number in titles)
@@ -221,8 +143,8 @@ def write_training_files(
 
 
 def a_table(text: str) -> Path:
-    """A flag type: a file or folder to read, or an address of the Hub."""
-    return Path(text) if text.startswith(HUB) else command_line.existing(text)
+    """A flag type: a file to read, several (parts.py), or an address of the Hub."""
+    return Path(text) if text.startswith(HUB) else command_line.existing_files(text)
 
 
 @command_line.command("prepare")
@@ -231,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.parser("prepare", __doc__, shared=("overwrite",))
     add = parser.add_argument
     for flag, text in {
-        "interactions": "user, item, timestamp: CSV, Parquet, JSON, RecBole .inter, MovieLens .dat, P5 .txt, hf://datasets/..",
+        "interactions": "user, item, timestamp: CSV, Parquet, JSON, RecBole .inter, MovieLens .dat, P5 .txt, "
+        "hf://datasets/..; several files as a folder, a glob such as 'events/*.parquet', or names with commas between",
         "items": "item, title and, where known, description, features, brand, categories; not needed with LC-Rec's numbers "
         "(X.inter.json) and --index",
     }.items():
@@ -263,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--output_format",
         choices=settings.FORMATS,
-        help="of train, valid and test: csv, or parquet: the same rows as user sequences, a hundredth of the size (csv)",
+        help="of train, valid and test: csv, or parquet: the same rows as user sequences, a hundredth of the size, "
+        "and a folder of parts where there are many (csv)",
     )
     add(
         "--dayfirst",
@@ -287,6 +211,13 @@ def main(argv: list[str] | None = None) -> None:
         type=command_line.text_encoding,
         help="of text files that are not UTF-8, such as latin-1 or gb18030 (none)",
     )
+    add(
+        "--memory_gb",
+        type=command_line.at_least(0.05, kind=float),
+        default=MEMORY_GB,
+        help="what joining and sorting the interactions may take of memory; the rest goes to a folder beside the outputs, "
+        f"which is removed at the end ({MEMORY_GB:g})",
+    )
     for field in FIELD_NAMES:
         add(f"--{field}_column", metavar="NAME", help=f"column of the {field} ({', '.join(FIELD_NAMES[field])})")
     flags = parser.parse_args(argv)
@@ -303,40 +234,41 @@ def main(argv: list[str] | None = None) -> None:
             "give that or less, or --output_format csv"
         )
     for ending in settings.ENDINGS:
-        check_output(flags.output_dir / f"{flags.name}.{ending}")
+        path = flags.output_dir / f"{flags.name}.{ending}"
+        check_output(path, folder_of=[part.name for part in path.glob(PARTS)] if ending.endswith(".parquet") else ())
     ids_file = flags.output_dir / f"{flags.name}.item_ids.csv"
     reading = {
         "names": {field: getattr(flags, f"{field}_column") for field in FIELD_NAMES},
         "sep": flags.sep,
         "encoding": flags.encoding,
     }
-    interactions = read_interactions(flags.interactions, **reading)
-    why_not = why_not_numbered(interactions, ids_file)
-    numbered = bool(flags.index) and not why_not
-    if not flags.items and not numbered:
-        raise InputError(f"{NO_ITEMS}: {why_not}")
-    if not interactions.has_times and flags.index and flags.split == "global":
-        raise InputError(f"{flags.interactions} has each user's order, but no times; give --split leave_one_out")
+    table = read_interactions(flags.interactions, **reading)
     items: dict[str, dict[str, str]] = {}
-    if flags.items:
-        items = catalogue(read_table(flags.items, ITEM_FIELDS, optional=OPTIONAL_FIELDS, **reading))
-    if numbered:
-        index = read_sids(flags.index)
-        check_in_index(interactions, index, index_file=flags.index)
-    interactions = with_texts(interactions)
-    if items or not numbered:
-        check_ids_meet(interactions, interactions.rows.item.cat.categories, items, items_file=flags.items)
-    rows = filter_interactions(
-        interactions, known_items=None if numbered else items, k_core=flags.k_core, dayfirst=flags.dayfirst
-    )
-    kept_settings = settings.to_keep(flags, remembered, rows_kept=len(rows))
+    with opened_base(flags.output_dir, flags.name, memory_gb=flags.memory_gb) as base:
+        interactions = InteractionLog(table, base)
+        why_not = interactions.why_not_numbered(ids_file)
+        numbered = bool(flags.index) and not why_not
+        if not flags.items and not numbered:
+            raise InputError(f"{NO_ITEMS}: {why_not}")
+        if not table.has_times and flags.index and flags.split == "global":
+            raise InputError(f"{flags.interactions} has each user's order, but no times; give --split leave_one_out")
+        if flags.items:
+            items = catalogue(read_table(flags.items, ITEM_FIELDS, optional=OPTIONAL_FIELDS, **reading))
+        if numbered:
+            index = read_sids(flags.index)
+            interactions.check_in_index(index, index_file=flags.index)
+        if items or not numbered:
+            interactions.check_ids_meet(items, items_file=flags.items)
+        kept = interactions.filtered(known_items=None if numbered else items, k_core=flags.k_core, dayfirst=flags.dayfirst)
+    kept_settings = settings.to_keep(flags, remembered, rows_kept=len(kept))
     if not flags.index:
-        to_number = items_to_number(interactions, rows, items, bought_only=flags.bought_only)
-        write_items(flags, to_number, items, bought=rows.item.nunique(), kept_settings=kept_settings)
+        bought = kept.bought()
+        to_number = items_to_number(bought, [] if flags.bought_only else items, in_order=not table.has_times)
+        write_items(flags, to_number, items, bought=len(bought), kept_settings=kept_settings)
         return
-    settings.log_other_rows(flags, remembered, rows_kept=len(rows))
-    published = numbered_items(flags, items, index) if numbered else published_items(flags, rows)
-    write_training_files(flags, rows, published, items=items if numbered else {}, kept_settings=kept_settings)
+    settings.log_other_rows(flags, remembered, rows_kept=len(kept))
+    published = numbered_items(flags, items, index) if numbered else published_items(flags, kept.bought())
+    write_training_files(flags, kept, published, items=items if numbered else {}, kept_settings=kept_settings)
 
 
 if __name__ == "__main__":

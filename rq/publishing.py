@@ -23,7 +23,7 @@ from rq.origin import sha256_of_texts
 if TYPE_CHECKING:
     import numpy as np
 
-    from rq.collisions import LastLevelCosts
+    from rq.collisions import LastLevelCosts, Sids
     from rq.embeddings import Embeddings
     from rq.quantizers import Quantizer
 
@@ -56,8 +56,7 @@ def finish(quantizer: "Quantizer", embeddings: "Embeddings", flags: argparse.Nam
     from rq import checkpoints, quantizers
 
     quantizers.take_origin(quantizer, embeddings)
-    codes_NL = quantizers.encode(quantizer, embeddings, progress=True)
-    errors, left = reconstruction_error(quantizer, embeddings, codes_NL)
+    errors, left = reconstruction_error(quantizer, embeddings)
     log.info(
         "reconstruction error (MSE over %s items, input space) after each level: %s; share of variance left: %.4f",
         f"{min(MEASURED_ITEMS, len(embeddings)):,}",
@@ -68,9 +67,24 @@ def finish(quantizer: "Quantizer", embeddings: "Embeddings", flags: argparse.Nam
         checkpoints.save_checkpoint(quantizer, flags.ckpt_path)
         log.info("wrote %s: the quantizer, for rq.generate_indices", flags.ckpt_path)
     if flags.output:
+        codes_NL = quantizers.encode(quantizer, embeddings, progress=True)
         publish(codes_NL, flags, quantizer=quantizer, embeddings=embeddings)
-    else:
-        save_codes(codes_NL, flags.codes_output)
+    elif flags.codes_output:
+        stream_codes(flags.codes_output, quantizer, embeddings)
+
+
+def stream_codes(path: Path, quantizer: "Quantizer", embeddings: "Embeddings") -> None:
+    """Save the codes, int32 (N, L), of all items, of which only those of a chunk are in memory at a time."""
+    import numpy as np
+
+    from rq.quantizers import encoded_chunks
+
+    shape = (len(embeddings), len(quantizer.design.levels))
+    with whole_path(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": shape})
+        for codes_RL in encoded_chunks(quantizer, embeddings, progress=True):
+            file.write(codes_RL.astype("<i4").tobytes())
+    log.info("wrote %s: codes %s", path, shape)
 
 
 def append(flags: argparse.Namespace, *, quantizer: "Quantizer", embeddings: "Embeddings") -> None:
@@ -121,7 +135,7 @@ def resolve(
     capacity: int = 1,
     costs: "LastLevelCosts | None" = None,
     published: Sequence[Sid] = (),
-) -> list[Sid]:
+) -> "Sids":
     """The SIDs of items with these codes; items whose codes are equal, or equal a published SID's, are treated by `policy`.
 
     resolve(np.array([[12, 3], [12, 3]]), policy="token", n_last=256)  -> [(12, 3, 0), (12, 3, 1)]
@@ -145,30 +159,34 @@ def resolve(
     return collisions.keep(codes_NL)
 
 
-def log_collisions(sids: Sequence[Sequence[int]], *, before: "np.ndarray", policy: str) -> None:
+def log_collisions(sids: "Sids", *, before: "np.ndarray", policy: str) -> None:
     """One line: how many items shared a SID before, and share one now."""
-    before_groups, after_groups = Counter(map(tuple, before.tolist())), Counter(map(tuple, sids))
-    shared = [sum(n for n in groups.values() if n > 1) for groups in (before_groups, after_groups)]
+    from rq import collisions
+
+    before_G, after_G = collisions.group_sizes(before), collisions.group_sizes(sids.codes_NM)
+    shared = [int(sizes[sizes > 1].sum()) for sizes in (before_G, after_G)]
     log.info(
         "collisions (%s): %s of %s items shared a SID, largest group %s; now %s, largest group %s",
         policy,
         f"{shared[0]:,}",
         f"{len(sids):,}",
-        max(before_groups.values()),
+        before_G.max(),
         f"{shared[1]:,}",
-        max(after_groups.values()),
+        after_G.max(),
     )
 
 
-def reconstruction_error(
-    quantizer: "Quantizer", embeddings: "Embeddings", codes_NL: "np.ndarray"
-) -> tuple[list[float], float]:
+def reconstruction_error(quantizer: "Quantizer", embeddings: "Embeddings") -> tuple[list[float], float]:
     """Mean squared error after each level, and the share of variance left after the last, over up to MEASURED_ITEMS rows."""
+    import numpy as np
+
     from rq import quantizers
 
-    measured = embeddings.spread(MEASURED_ITEMS)
-    x_RD = embeddings.rows(measured)
-    errors = quantizers.squared_error(quantizer, x_RD, codes_NL[measured])
+    quantizer.eval()
+    x_RD = embeddings.rows(embeddings.spread(MEASURED_ITEMS))
+    width = quantizer.residual.beam * max(quantizer.design.levels)
+    codes_RL = np.concatenate([quantizer.codes(x_RD[part]) for part in quantizers.sub_chunks(len(x_RD), width=width)])
+    errors = quantizers.squared_error(quantizer, x_RD, codes_RL)
     return errors, errors[-1] / max(float(x_RD.var(axis=0).mean()), MEASURABLE_VARIANCE)
 
 
@@ -182,7 +200,7 @@ def check_explains(quantizer: "Quantizer", embeddings: "Embeddings", codes_NL: "
 
     from rq.quantizers import NETWORK_METHODS
 
-    errors, left = reconstruction_error(quantizer, embeddings, codes_NL)
+    errors, left = reconstruction_error(quantizer, embeddings)
     measured = embeddings.spread(MEASURED_ITEMS)
     x_RD = embeddings.rows(measured)
     x_RD = x_RD - x_RD.mean(axis=0)

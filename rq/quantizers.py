@@ -260,20 +260,28 @@ def sub_chunks(n_rows: int, *, width: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def encode(quantizer: Quantizer, embeddings: Embeddings, *, first: int = 0, progress: bool = False) -> np.ndarray:
-    """int32 (M, L) codes of the M rows from `first` on, chunk by chunk."""
+def encoded_chunks(
+    quantizer: Quantizer, embeddings: Embeddings, *, first: int = 0, progress: bool = False
+) -> Iterator[np.ndarray]:
+    """int32 (R, L) codes of each chunk of the rows from `first` on, in order."""
     from tqdm import tqdm
 
     quantizer.eval()
     width = quantizer.residual.beam * max(quantizer.design.levels)
-    codes_ML = np.empty((len(embeddings) - first, len(quantizer.design.levels)), np.int32)  # the chunks write every row
-    with tqdm(total=len(codes_ML), desc="assign codes", unit=" items", disable=None if progress else True) as bar:
-        for start, chunk_RD in embeddings.chunks(first=first):
-            for part in sub_chunks(len(chunk_RD), width=width):
-                part_RD = chunk_RD[part]
-                at = start - first + part.start
-                codes_ML[at : at + len(part_RD)] = quantizer.codes(part_RD)
+    n_rows = len(embeddings) - first
+    with tqdm(total=n_rows, desc="assign codes", unit=" items", disable=None if progress else True) as bar:
+        for _, chunk_RD in embeddings.chunks(first=first):
+            yield np.concatenate([quantizer.codes(chunk_RD[part]) for part in sub_chunks(len(chunk_RD), width=width)])
             bar.update(len(chunk_RD))
+
+
+def encode(quantizer: Quantizer, embeddings: Embeddings, *, first: int = 0, progress: bool = False) -> np.ndarray:
+    """int32 (M, L) codes of the M rows from `first` on."""
+    codes_ML = np.empty((len(embeddings) - first, len(quantizer.design.levels)), np.int32)  # the chunks write every row
+    at = 0
+    for codes_RL in encoded_chunks(quantizer, embeddings, first=first, progress=progress):
+        codes_ML[at : at + len(codes_RL)] = codes_RL
+        at += len(codes_RL)
     return codes_ML
 
 

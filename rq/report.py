@@ -286,11 +286,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="also write the table to a file")
     parser.add_argument(
-        "--train_file", type=command_line.existing, metavar="X.train.csv", help="who bought what next, to tell what to train"
+        "--train_file",
+        type=command_line.existing_files,
+        metavar="X.train.csv",
+        help="who bought what next, to tell what to train",
     )
     parser.add_argument(
         "--eval_file",
-        type=command_line.existing,
+        type=command_line.existing_files,
         metavar="X.valid.csv",
         help="rows held out (the last tenth of --train_file)",
     )

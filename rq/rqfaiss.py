@@ -43,7 +43,7 @@ def fit(sample_SD: "np.ndarray", levels: tuple[int, ...], *, beam: int, seed: in
 @command_line.command("rqfaiss")
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> faiss's residual codebooks -> index."""
-    parser = command_line.parser("rqfaiss", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path",))
+    parser = command_line.parser("rqfaiss", __doc__, shared=command_line.FITTING_FLAGS, required=("data_path",))
     parser.add_argument(
         "--beam",
         type=command_line.at_least(1, most=command_line.MOST_BEAMS),
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = quantizers.choose_device(flags.device)
     embeddings = publishing.open_data(flags)
-    sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
+    sample_SD = clustering.training_sample(embeddings, flags.levels, size=flags.fit_sample, seed=flags.seed)
     quantizer = fit(sample_SD, flags.levels, beam=flags.beam, seed=flags.seed)
     del sample_SD
     publishing.finish(quantizer.to(device), embeddings, flags)

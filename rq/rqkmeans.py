@@ -36,7 +36,7 @@ def fit(
 @command_line.command("rqkmeans")
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> codebooks -> index."""
-    parser = command_line.parser("rqkmeans", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path",))
+    parser = command_line.parser("rqkmeans", __doc__, shared=command_line.FITTING_FLAGS, required=("data_path",))
     parser.add_argument("--rounds", type=command_line.at_least(1), default=25, help="k-means iterations a level (25)")
     flags = parser.parse_args(argv)
     command_line.single_process("rqkmeans")
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = quantizers.choose_device(flags.device)
     embeddings = publishing.open_data(flags)
-    sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
+    sample_SD = clustering.training_sample(embeddings, flags.levels, size=flags.fit_sample, seed=flags.seed)
     quantizer = fit(sample_SD, flags.levels, seed=flags.seed, rounds=flags.rounds, device=device)
     del sample_SD
     publishing.finish(quantizer.to(device), embeddings, flags)

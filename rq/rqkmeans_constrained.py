@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.parser(
         "rqkmeans_constrained",
         __doc__,
-        shared=command_line.QUANTIZER_FLAGS,
+        shared=command_line.FITTING_FLAGS,
         required=("data_path",),
     )
     add_balance_flags(parser)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = quantizers.choose_device(flags.device)
     embeddings = publishing.open_data(flags)
-    sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
+    sample_SD = clustering.training_sample(embeddings, flags.levels, size=flags.fit_sample, seed=flags.seed)
     quantizer = fit(
         sample_SD, flags.levels, slack=flags.slack, epsilon=flags.sinkhorn_epsilon, seed=flags.seed, device=device
     )

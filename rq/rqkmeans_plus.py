@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     """Embeddings -> balanced codebooks -> trained further -> index;
     several GPUs with `accelerate launch -m rq.rqkmeans_plus ..`.
     """
-    parser = command_line.parser("rqkmeans_plus", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path",))
+    parser = command_line.parser("rqkmeans_plus", __doc__, shared=command_line.FITTING_FLAGS, required=("data_path",))
     training_flags.add(parser, hidden=(512,), learning_rate=5e-4, epochs=200)
     rqkmeans_constrained.add_balance_flags(parser)
     flags = parser.parse_args(argv)
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
     flags.device = quantizers.choose_device(flags.device)
     embeddings = publishing.open_data(flags)
-    sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
+    sample_SD = clustering.training_sample(embeddings, flags.levels, size=flags.fit_sample, seed=flags.seed)
     if flags.resume_from_checkpoint:
         quantizer = training.resume(flags, method="rqkmeans_plus", embeddings=embeddings)
     else:

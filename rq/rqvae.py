@@ -12,7 +12,7 @@ from rq.files import InputError
 @command_line.command("rqvae")
 def main(argv: list[str] | None = None) -> None:
     """Embeddings -> trained autoencoder -> index; several GPUs with `accelerate launch -m rq.rqvae ..`."""
-    parser = command_line.parser("rqvae", __doc__, shared=command_line.QUANTIZER_FLAGS, required=("data_path",))
+    parser = command_line.parser("rqvae", __doc__, shared=command_line.FITTING_FLAGS, required=("data_path",))
     training_flags.add(parser, hidden=(512,), learning_rate=2e-3, epochs=200)
     parser.add_argument(
         "--latent",
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
     flags.device = quantizers.choose_device(flags.device)
     embeddings = publishing.open_data(flags)
-    sample_SD = clustering.training_sample(embeddings, flags.levels, seed=flags.seed)
+    sample_SD = clustering.training_sample(embeddings, flags.levels, size=flags.fit_sample, seed=flags.seed)
     if flags.resume_from_checkpoint:
         quantizer = training.resume(flags, method="rqvae", embeddings=embeddings)
     else:

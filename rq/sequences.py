@@ -8,14 +8,12 @@ Every other file is a table, and read by rq.tables.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rq.catalogue import LONGEST_ID
 from rq.files import InputError, read_json, shown
 from rq.formats import SEQUENCE
-from rq.hub import hub_address
-from rq.index_file import Sid
 from rq.json_objects import EXPECTED, is_one_object, read_object
 from rq.tables import Table, read_table
 from rq.text_files import first_line, lines
@@ -27,8 +25,8 @@ P5_FILE, P5_MAPS = "sequential_data.txt", "datamaps.json"
 
 def read_interactions(path: Path, *, names: dict[str, str | None], sep: str | None, encoding: str | None) -> Table:
     """The columns user, item and time of a file in any format; `names` has the columns given by flags."""
-    if hub_address(path) or path.is_dir():
-        pass
+    if not path.is_file():
+        pass  # an address of the Hub, or several files
     elif is_one_object(path, of=list):
         return _table(path, list(read_object(path, of=list).items()), what="LC-Rec's user -> items in order")
     elif path.name.lower().removesuffix(".gz").endswith(".txt") and SEQUENCE.fullmatch(first_line(path)):
@@ -86,19 +84,9 @@ def _table(path: Path, users: list[tuple[str, list]], *, what: str) -> Table:
         return f"{path}: user {shown(columns['user'][row])}, item {columns['time'][row] + 1} of the sequence"
 
     names = {"user": "user", "item": "item", "time": "position"}
-    return Table(path, pd.DataFrame(columns), names, where, has_times=False)
+    return Table(path, [pd.DataFrame(columns)], names, where, has_times=False)
 
 
 def are_numbers(raw_ids: Iterable[str]) -> bool:
     """Whether ids are decimal numbers without leading zeros, as those of an index are."""
     return all(text.isascii() and text.isdigit() and len(text) <= LONGEST_ID and str(int(text)) == text for text in raw_ids)
-
-
-def check_in_index(table: Table, index: Mapping[int, Sid], *, index_file: Path) -> None:
-    """InputError where an item of the interactions has no SID, which says that the two files are not of one dataset."""
-    unknown = table.rows.item[~table.rows.item.astype("int64").isin(list(index))]
-    if len(unknown):
-        raise InputError(
-            f"{table.where(unknown.index[0])}: item {unknown.iloc[0]} is not in {index_file} ({len(index):,} items, like "
-            f"{next(iter(index))}); give the index of the same dataset, or leave --index out to make one"
-        )

@@ -18,7 +18,7 @@ R rows, S distinct SIDs, A first codes, K ranked SIDs.
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from rq.catalogue import python_literal
 from rq.files import InputError, shown, told
 from rq.index_file import Sid
+from rq.parts import parts_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,9 +59,15 @@ class NextItem:
         return self.shared / self.chance if self.chance else 0.0
 
 
-def read_rows(path: Path, *, n_items: int) -> list[Bought]:
-    """The rows of a training CSV, by the columns history_item_id and item_id; rows without a history are left out."""
-    rows = []
+def read_rows(source: Path, *, n_items: int) -> list[Bought]:
+    """The rows of training CSVs, of one or several (parts.py); rows without a history are left out."""
+    rows = [row for path in parts_of(source) for row in _rows_of_file(path, n_items=n_items)]
+    if not rows:
+        raise InputError(f"{source}: no row has a history; expected a CSV of rq.prepare")
+    return rows
+
+
+def _rows_of_file(path: Path, *, n_items: int) -> Iterator[Bought]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for number, cells in enumerate(csv.DictReader(file), 2):
@@ -74,12 +81,9 @@ def read_rows(path: Path, *, n_items: int) -> list[Bought]:
                         f"ids and an id, all from 0 to {n_items - 1}, as in the index"
                     )
                 if known[0]:
-                    rows.append(Bought(tuple(known[0]), known[1]))  # type: ignore[arg-type]
+                    yield Bought(tuple(known[0]), known[1])  # type: ignore[arg-type]
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a CSV ({told(error)}); expected one of rq.prepare") from error
-    if not rows:
-        raise InputError(f"{path}: no row has a history; expected a CSV of rq.prepare")
-    return rows
 
 
 def _is_item(value: object, n_items: int) -> bool:

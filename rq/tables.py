@@ -5,16 +5,18 @@
     read_table(Path("orders.csv"), ("user", "item", "time"), names={})
         -> Table(rows: columns user, item, time; names: {"user": "reviewerID", "item": "asin", "time": "unixReviewTime"})
 
-A file that cannot be read is refused by its name, and by its line where one line is at fault.
+A table may be several files (parts.py), and is read some rows at a time. A file that cannot be read is refused by its name,
+and by its line where one line is at fault.
 """
 
+import bisect
 import contextlib
 import csv
 import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ from rq.formats import FIELD_NAMES, LAYOUTS, SEPARATORS, WHOSE, WITHOUT_HEADER, 
 from rq.hub import hub_address, open_dataset
 from rq.json_objects import is_one_object, read_object
 from rq.parquet_files import parquet_names, read_parquet
+from rq.parts import parts_of
 from rq.text_files import (
     BROKEN_GZIP,
     ONE_CHARACTER,
@@ -56,10 +59,10 @@ MOST_NAMED = 200  # characters of the names of columns in a message
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a file that are read, one a field, rows counted from 0; absent optional ones are ''."""
+    """The columns that are read, one a field, rows counted from 0 over all files; absent optional ones are ''."""
 
     path: Path | str  # as messages have it
-    rows: "pd.DataFrame"
+    chunks: Iterable["pd.DataFrame"]  # some rows after the other; to be gone through once
     names: dict[str, str]  # field -> what the file calls it
     where: Callable[[int], str]  # where a row stands: 7 -> 'orders.csv:9'; may read the file again, so for messages only
     has_times: bool = True  # False: the column time holds each user's positions, 0 for the oldest item
@@ -71,7 +74,7 @@ class Reading:
 
     what: str
     header: Sequence[str]
-    read: Callable[[Sequence[int]], "pd.DataFrame"]
+    read: Callable[[Sequence[int]], Iterable["pd.DataFrame"]]
     where: Callable[[int], str]
 
 
@@ -96,35 +99,67 @@ def read_table(
     sep: str | None = None,
     encoding: str | None = None,
 ) -> Table:
-    """The columns `fields` of a file; `names` has the columns given by flags, `sep` and `encoding` are of text files."""
-    import pandas as pd
-
+    """The columns `fields` of a file or of several; `names` has the columns given by flags, `sep` and `encoding` are of text
+    files. The first lines of all files are read at once, the rest as the chunks are.
+    """
     candidates = {field: (given,) if (given := names.get(field)) else FIELD_NAMES[field] for field in fields}
     wanted = Wanted(tuple(field for field in fields if field not in optional), candidates)
+    parts = [path] if hub_address(path) else parts_of(path)
+    opened = [_open_part(part, wanted, sep=sep, encoding=encoding) for part in parts]
+    for part, (_, _, found) in zip(parts, opened, strict=True):
+        for field in fields:
+            if found.get(field) != opened[0][2].get(field):
+                raise InputError(
+                    f"{part}: the {field} is in the column {shown(found.get(field))}, in {parts[0]} in "
+                    f"{shown(opened[0][2].get(field))}; name the columns of all parts alike"
+                )
+    starts: list[int] = []  # of each part that has been begun, its first row
+
+    def where(row: int) -> str:
+        at = max(0, bisect.bisect_right(starts, row) - 1)
+        return opened[at][0].where(row - starts[at] if starts else row)
+
+    def chunks() -> Iterator["pd.DataFrame"]:
+        import pandas as pd
+
+        rows = 0
+        for reading, positions, _ in opened:
+            starts.append(rows)
+            for raw in reading.read(sorted(set(positions.values()))):
+                columns = {field: raw[positions[field]] if field in positions else "" for field in fields}
+                yield pd.DataFrame(columns, index=raw.index).set_axis(range(rows, rows + len(raw)))
+                rows += len(raw)
+        if not rows:
+            raise InputError(f"{shown_path}: no row under the header; expected one row for each record")
+        reading, _, found = opened[0]
+        log.info(
+            "%s: %s, %s rows, %s",
+            shown_path if len(opened) == 1 else f"{shown_path}, {len(opened):,} files",
+            WHOSE.get(tuple(found.values())[:2], reading.what),
+            f"{rows:,}",
+            ", ".join(f"{field} from {named(name)}" for field, name in found.items()),
+        )
+
+    shown_path = hub_address(path) or path
+    return Table(shown_path, chunks(), opened[0][2], where)
+
+
+def _open_part(
+    path: Path, wanted: Wanted, *, sep: str | None, encoding: str | None
+) -> tuple[Reading, dict[str, int], dict[str, str]]:
+    """One file, {field: position of its column} and {field: what the file calls it}."""
     opened = _open_table(path, wanted, sep=sep, encoding=encoding)
     header, shown_path = opened.header, hub_address(path) or path
     if len(header) > MOST_COLUMNS:
         raise InputError(f"{shown_path}: {len(header):,} columns; expected a table of at most {MOST_COLUMNS:,}")
     positions: dict[str, int] = {}
-    for field in fields:
-        at = find(header, candidates[field], path=shown_path)
-        if at is None and field not in optional:
-            raise InputError(_no_column(shown_path, header, field, candidates[field]))
+    for field, candidates in wanted.candidates.items():
+        at = find(header, candidates, path=shown_path)
+        if at is None and field in wanted.required:
+            raise InputError(_no_column(shown_path, header, field, candidates))
         if at is not None:
             positions[field] = at
-    raw = opened.read(sorted(set(positions.values())))
-    if raw.empty:
-        raise InputError(f"{shown_path}: no row under the header; expected one row for each record")
-    found = {field: str(header[at]).strip() for field, at in positions.items()}
-    log.info(
-        "%s: %s, %s rows, %s",
-        shown_path,
-        WHOSE.get(tuple(found.values())[:2], opened.what),
-        f"{len(raw):,}",
-        ", ".join(f"{field} from {named(name)}" for field, name in found.items()),
-    )
-    columns = {field: raw[positions[field]] if field in positions else "" for field in fields}
-    return Table(shown_path, pd.DataFrame(columns, index=raw.index), found, opened.where)
+    return opened, positions, {field: str(header[at]).strip() for field, at in positions.items()}
 
 
 def _open_table(path: Path, wanted: Wanted, *, sep: str | None, encoding: str | None) -> Reading:
@@ -144,8 +179,6 @@ def _kind(path: Path) -> str:
     name = path.name.lower()
     kind = name.removesuffix(".gz").rpartition(".")[2]
     ending = named(name.rpartition(".")[2])
-    if path.is_dir() and kind != "parquet":
-        raise InputError(f"{path}: a folder; {EXPECTED}")
     if kind not in KINDS or name.endswith(".parquet.gz"):
         raise InputError(f"{path}: a file of kind .{ending}; {EXPECTED}; unpack or convert it first")
     return kind
@@ -240,7 +273,7 @@ def _not_as_the_header(path: Path, layout: Layout, fault: str, header: Sequence[
     return f"{path}: {fault}; expected {len(header)} cells in each row; {cure}"
 
 
-def _read_csv(path: Path, layout: Layout, header: Sequence[str], wanted: Sequence[int]) -> "pd.DataFrame":
+def _read_csv(path: Path, layout: Layout, header: Sequence[str], wanted: Sequence[int]) -> Iterator["pd.DataFrame"]:
     """The columns at some positions, all cells as text. A row with more cells than the header is refused, for its columns
     may be shifted. Rows are read some at a time, since a short one takes the memory of a whole one until it is read.
     """
@@ -251,7 +284,6 @@ def _read_csv(path: Path, layout: Layout, header: Sequence[str], wanted: Sequenc
     size = os.path.getsize(path)
     if is_gzip(path):
         size = most_unpacked(size)
-    parts: list[pd.DataFrame] = []
     rows = 0
     try:
         with warnings.catch_warnings(), open_bytes(path, separator=layout.separator) as file:
@@ -273,8 +305,7 @@ def _read_csv(path: Path, layout: Layout, header: Sequence[str], wanted: Sequenc
                 rows += len(part)
                 if rows * len(header) > size + 2 * CELLS_AT_ONCE:  # a cell has at least its separator
                     raise InputError(_not_as_the_header(path, layout, "most rows have fewer cells than the header", header))
-                parts.append(part[list(wanted)])
-            return pd.concat(parts)
+                yield part[list(wanted)]
     except pd.errors.ParserError as error:
         fault = told(error).removeprefix("Error tokenizing data. C error: ").strip()
         raise InputError(_not_as_the_header(path, layout, fault, header)) from error
@@ -306,7 +337,7 @@ def _open_json(path: Path, wanted: Wanted) -> Reading:
     def where(row: int) -> str:
         return f"{path}: item {shown(places[row])}" if places else _where_in_lines(path, row)
 
-    return Reading(what, header, lambda _: frame.set_axis(range(len(header)), axis=1), where)
+    return Reading(what, header, lambda _: [frame.set_axis(range(len(header)), axis=1)], where)
 
 
 def _fields(record: dict, known: set[str]) -> dict:

@@ -1,14 +1,16 @@
 """`python -m rq.text2emb`: the texts of `.item.json` -> embeddings in one .npy, row i for item i.
 
 `--encoder tfidf` needs no download: TF-IDF and truncated SVD, fitted on these items and saved beside the
-output, so that new items can be embedded alike later. Any other encoder is a Hugging Face name or folder.
+output, so that new items can be embedded alike later. Any other encoder is a Hugging Face name or folder;
+its rows come in shards, and a run that was stopped goes on with those that it has not finished.
 N items, B items of a batch, T tokens, D dimensions, V words.
 """
 
 import argparse
-import contextlib
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,10 @@ from rq import command_line
 from rq.catalogue import TEXT_FIELDS, item_text, read_items
 from rq.command_line import log
 from rq.files import InputError, check_output, one_line, read_json, reserve, shown, told, whole_path
-from rq.origin import Origin, record_file, sha256_of, sha256_of_weights, write_record
+from rq.origin import Origin, record_file, sha256_of, sha256_of_texts, sha256_of_weights, write_record
+from rq.processes import run_in_processes
 from rq.sentence_encoder import own_settings
+from rq.shards import Shards
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +31,7 @@ MOST_NAMED = 200  # characters of the encoder's name in a message, which may be 
 # What transformers raises on the files of an encoder that are not as it expects them.
 BROKEN_ENCODER = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)
 USUAL_LENGTH = 512  # tokens, where neither a flag nor the encoder says another
-ROWS_AT_ONCE = 8_192  # texts tokenized, sorted by length and embedded together
+ROWS_AT_ONCE = 8_192
 VOCABULARY, WEIGHTS = "vocabulary.json", "tfidf.safetensors"
 
 
@@ -195,22 +199,18 @@ class HuggingFaceEncoder:
         return rows_ND, sum(length > self.max_len for length in lengths)
 
 
-def embed_with_model(texts: Sequence[str], rows_ND: "np.ndarray", encoder: HuggingFaceEncoder, *, progress: bool) -> int:
-    """Fill `rows_ND`; texts that are empty get zeros. Returns how many texts were truncated."""
-    from tqdm import tqdm
+def embed_shard(texts: Sequence[str], encoder: HuggingFaceEncoder) -> tuple["np.ndarray", int]:
+    """Rows (R, D) of the texts of a shard, zeros for those that are empty, and how many texts were truncated."""
+    import numpy as np
 
+    filled = [i for i, text in enumerate(texts) if text]
+    rows_RD = np.zeros((len(texts), encoder.n_dims), np.float32)
     truncated = 0
-    with tqdm(total=len(texts), desc="embed", unit=" items", disable=None if progress else True) as bar:
-        for start in range(0, len(texts), ROWS_AT_ONCE):
-            part = texts[start : start + ROWS_AT_ONCE]
-            filled = [i for i, text in enumerate(part) if text]
-            rows_ND[start : start + len(part)] = 0
-            if filled:
-                rows_BD, cut = encoder.embed([part[i] for i in filled])
-                rows_ND[[start + i for i in filled]] = rows_BD
-                truncated += cut
-            bar.update(len(part))
-    return truncated
+    if filled:
+        rows_RD[filled], truncated = encoder.embed([texts[i] for i in filled])
+    if encoder.normalize:
+        normalise_rows(rows_RD)
+    return rows_RD, truncated
 
 
 def normalise_rows(rows_ND: "np.ndarray") -> None:
@@ -262,10 +262,11 @@ def write_tfidf(texts: Sequence[str], flags: argparse.Namespace) -> None:
 
 
 def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
-    """Embed with a Hugging Face encoder, each process its share of the rows, all into one file."""
+    """Embed with a Hugging Face encoder, each process its share of the shards, which become one file at the end."""
     import numpy as np
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import broadcast_object_list
+    from tqdm import tqdm
 
     state = PartialState(cpu=flags.device == "cpu")
     encoder = HuggingFaceEncoder(
@@ -284,42 +285,55 @@ def write_model(texts: Sequence[str], flags: argparse.Namespace) -> None:
         "of length 1" if encoder.normalize else "as long as they are",
         state.num_processes,
     )
-    with whole_path(flags.output) if state.is_main_process else contextlib.nullcontext() as written:
-        temporary = Path(broadcast_object_list([str(written)])[0])
+    shards = Shards(shards_folder(flags.output), n_items=len(texts), n_dims=encoder.n_dims)
+    missing: list[int] = []
+    if state.is_main_process:
+        origin = Origin(
+            encoder=Path(flags.encoder).name if Path(flags.encoder).exists() else flags.encoder,
+            encoder_sha256=sha256_of_weights(encoder.folder),
+            pooling=encoder.pooling,
+            max_len=encoder.max_len,
+            normalize=encoder.normalize,
+            fields=flags.fields,
+        )
+        decides = {"batch_size": flags.batch_size, "device": state.device.type, "texts": sha256_of_texts(texts)}
+        missing = shards.open({**asdict(origin), **decides})
+        if kept := len(shards.parts()) - len(missing):
+            log.info("%s of %s shards are kept of a run that was stopped", f"{kept:,}", f"{len(shards.parts()):,}")
+    missing = broadcast_object_list([missing])[0]
+    mine = missing[state.process_index :: state.num_processes]
+    for number in tqdm(mine, desc="embed", unit=" shards", disable=None if state.is_main_process else True):
+        shards.write(number, *embed_shard(texts[shards.parts()[number]], encoder))
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    truncated = 0
+    with whole_path(flags.output) as temporary:
         shape = (len(texts), encoder.n_dims)
-        if state.is_main_process:
-            np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape).flush()
-            reserve(temporary)
-        state.wait_for_everyone()
-        rows_ND = np.lib.format.open_memmap(temporary, mode="r+")
-        bounds = np.linspace(0, len(texts), state.num_processes + 1).astype(int).tolist()
-        mine = slice(bounds[state.process_index], bounds[state.process_index + 1])
-        truncated = embed_with_model(texts[mine], rows_ND[mine], encoder, progress=state.is_main_process)
-        if encoder.normalize:
-            normalise_rows(rows_ND[mine])
+        rows_ND = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        reserve(temporary)
+        for part, rows_RD, cut in shards:
+            rows_ND[part] = rows_RD
+            truncated += cut
         rows_ND.flush()
-        truncated = sum(gather_object([truncated]))
         log.info(
             "%s of %s texts were longer than %s tokens and cut there",
             f"{truncated:,}",
             f"{len(texts):,}",
             encoder.max_len,
         )
-        if state.is_main_process:
-            origin = Origin(
-                encoder=Path(flags.encoder).name if Path(flags.encoder).exists() else flags.encoder,
-                encoder_sha256=sha256_of_weights(encoder.folder),
-                pooling=encoder.pooling,
-                max_len=encoder.max_len,
-                normalize=encoder.normalize,
-                fields=flags.fields,
-            )
-            write_record(flags.output, origin, texts, rows_ND)
+        write_record(flags.output, origin, texts, rows_ND)
+    shards.remove()
+
+
+def shards_folder(output: Path) -> Path:
+    """X.npy -> .X.npy.shards beside it."""
+    return output.with_name(f".{output.name}.shards")
 
 
 @command_line.command("text2emb")
 def main(argv: list[str] | None = None) -> None:
-    """Items -> texts -> embeddings; several GPUs with `accelerate launch -m rq.text2emb ..`."""
+    """Items -> texts -> embeddings; several processes with --num_processes, several machines with torchrun."""
     parser = command_line.parser(
         "text2emb",
         __doc__,
@@ -357,6 +371,12 @@ def main(argv: list[str] | None = None) -> None:
         const=True,
         help="scale rows to length 1 (where the encoder's own files say so)",
     )
+    add(
+        "--num_processes",
+        type=command_line.at_least(1, most=1024),
+        default=1,
+        help="processes on this machine, each on a GPU of its own where there are some; the rows are those of one (1)",
+    )
     flags = parser.parse_args(argv)
     flags.output = flags.output or default_output(flags.item_file, flags.encoder)
     if flags.output.suffix != ".npy":
@@ -365,6 +385,12 @@ def main(argv: list[str] | None = None) -> None:
     check_output(record_file(flags.output))
     if flags.encoder == "tfidf":
         check_output(flags.output.with_suffix(".tfidf"), folder_of=(VOCABULARY, WEIGHTS))
+    is_tfidf = flags.encoder == "tfidf" or (Path(flags.encoder) / VOCABULARY).exists()
+    if flags.num_processes > 1 and is_tfidf:
+        raise InputError(f"--num_processes {flags.num_processes}: TF-IDF runs in one process; leave the flag out")
+    if flags.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        run_in_processes("rq.text2emb", argv, count=flags.num_processes)
+        return
 
     fields = [field for field in flags.fields.split(",") if field]
     flags.fields = ",".join(fields)
@@ -374,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     log.info("%s items, %s with no text in %s (their rows are zero)", f"{len(texts):,}", f"{empty:,}", ", ".join(fields))
     if empty == len(texts):
         raise InputError(f"{flags.item_file}: no item has text in {', '.join(fields)}; check --fields")
-    if flags.encoder == "tfidf" or (Path(flags.encoder) / VOCABULARY).exists():
+    if is_tfidf:
         command_line.single_process("text2emb --encoder tfidf")
         write_tfidf(texts, flags)
     else:

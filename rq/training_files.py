@@ -6,12 +6,13 @@
     user_id  item_ids   targets  max_history  row_numbers
     u        [0, 1, 2]  2        10           [0, 7]        the last 2 items are asked for, in rows 0 and 7 of the CSV
 
-Both hold the same rows in the same order; row_numbers are left out where the order is that of the users.
+Both hold the same rows in the same order; row_numbers are left out where the order is that of the users. Many rows are a
+folder of Parquet files, X.train.parquet/part-00000.parquet and so on: each is whole, and numbers its rows from 0.
 """
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,17 +32,21 @@ CSV_COLUMNS = (
     "item_sid",
 )
 LONGEST_HISTORY = 8192  # items; what sft.py reads of a sequence at most
+PARTS = "part-*.parquet"
+ROWS_A_FILE = 5_000_000  # sft.py keeps the order of the rows of one file in memory, 80 bytes for each
 WINDOWS_AT_ONCE, SEQUENCES_AT_ONCE = 4096, 65_536
 
 
 class Cells(NamedTuple):
-    """The texts of users by position, of items by number; an item's stand alone in a cell or in the list of a history."""
+    """The texts of users by position, of items by number: alone in a cell, in the list of a history, as a list of one."""
 
-    users: list[str]
-    titles: dict[int, str]
-    sids: dict[int, str]
-    listed_titles: dict[int, str]
-    listed_sids: dict[int, str]
+    users: "pyarrow.Array"
+    titles: "pyarrow.Array"
+    sids: "pyarrow.Array"
+    listed_titles: "pyarrow.Array"
+    listed_sids: "pyarrow.Array"
+    lone_titles: "pyarrow.Array"
+    place_of: "np.ndarray | None"  # of an item number in these arrays; None where it is the number
 
 
 def csv_cell(text: str) -> str:
@@ -53,34 +58,85 @@ def csv_cell(text: str) -> str:
 
 def csv_cells(made: Histories, titles: Mapping[int, str], sids: Mapping[int, str]) -> Cells:
     """All texts, each quoted once: a cell with a comma in it, as a list of two has, is in quotes and doubles its own."""
+    import numpy as np
+    import pyarrow
+    import pyarrow.compute as pc
+
+    to_quote = pc.match_substring_regex(made.users, '[",\r\n]')
+    quoted = [csv_cell(user) for user in made.users.filter(to_quote).to_pylist()]
+    users = pc.replace_with_mask(made.users, to_quote, pyarrow.array(quoted, made.users.type))
+
+    def texts(write: Callable[[str], str], of: Mapping[int, str]) -> "pyarrow.Array":
+        return pyarrow.array([write(text) for text in of.values()], "large_string")
+
+    numbers = np.fromiter(titles, "int64", len(titles))
+    in_order = bool((numbers == np.arange(len(numbers))).all())
     return Cells(
-        [csv_cell(user) for user in made.users],
-        {item: csv_cell(title) for item, title in titles.items()},
-        {item: csv_cell(sid) for item, sid in sids.items()},
-        {item: repr(title).replace('"', '""') for item, title in titles.items()},
-        {item: repr(sid) for item, sid in sids.items()},
+        users,
+        texts(csv_cell, titles),
+        texts(csv_cell, sids),
+        texts(lambda title: repr(title).replace('"', '""'), titles),
+        texts(repr, sids),
+        texts(lambda title: csv_cell(f"[{title!r}]"), titles),
+        None if in_order else numbers,
     )
 
 
 def csv_lines(made: Histories, targets: "np.ndarray", cells: Cells, *, max_history: int) -> Iterator[str]:
     """The header and the rows of some windows, many lines at a time; the three lists of a row come from one list of ids."""
+    import pyarrow
+    import pyarrow.compute as pc
+
     yield ",".join(CSV_COLUMNS) + "\n"
-    title_of, sid_of = cells.listed_titles.__getitem__, cells.listed_sids.__getitem__
+
+    def joined(*columns: "pyarrow.Array | str") -> "pyarrow.Array":
+        """Columns, and texts that are the same in all rows, side by side."""
+        texts = (pyarrow.scalar(part, "large_string") if isinstance(part, str) else part for part in (*columns, ""))
+        return pc.binary_join_element_wise(*texts)
+
+    def in_lists(texts: "pyarrow.Array", history: "pyarrow.ListArray") -> "pyarrow.Array":
+        """The entries of each history with commas between them."""
+        return pc.binary_join(pyarrow.ListArray.from_arrays(history.offsets, texts), pyarrow.scalar(", ", "large_string"))
+
     for at in range(0, len(targets), WINDOWS_AT_ONCE):
         some = targets[at : at + WINDOWS_AT_ONCE]
-        firsts = made.first_of(some, max_history=max_history)
-        lines = []
-        for user, first, target in zip(made.user_N[some].tolist(), firsts.tolist(), some.tolist(), strict=True):
-            *history, item = made.item_N[first : target + 1].tolist()
-            titles, sids = ", ".join(map(title_of, history)), ", ".join(map(sid_of, history))
-            if len(history) > 1:
-                lists = f'"[{titles}]"', f'"{history}"', f'"[{sids}]"'
-            else:  # a comma in the title, or a quote, decides
-                lists = csv_cell("[" + titles.replace('""', '"') + "]"), f"{history}", f"[{sids}]"
-            lines.append(
-                f"{cells.users[user]},{lists[0]},{cells.titles[item]},{lists[1]},{item},{lists[2]},{cells.sids[item]}\n"
-            )
-        yield "".join(lines)
+        first = made.first_of(some, max_history=max_history)
+        history = lists(made.item_N, first, some - first)
+        places, place = (
+            pyarrow.array(_places(numbers, cells)) for numbers in (history.values.to_numpy(), made.item_N[some])
+        )
+        several = pyarrow.array(some - first > 1)
+        quote = pc.if_else(several, '"', "").cast("large_string")
+        listed = joined('"[', in_lists(cells.listed_titles.take(places), history), ']"')
+        lone = cells.lone_titles.take(places.take(history.offsets[:-1]))  # a comma in the title, or a quote, decides
+        lines = joined(
+            *(cells.users.take(pyarrow.array(made.user_N[some])).cast("large_string"), ","),
+            *(pc.if_else(several, listed, lone), ","),
+            *(cells.titles.take(place), ","),
+            *(quote, "[", in_lists(history.values.cast("large_string"), history), "]", quote, ","),
+            *(pyarrow.array(made.item_N[some]).cast("large_string"), ","),
+            *(quote, "[", in_lists(cells.listed_sids.take(places), history), "]", quote, ","),
+            *(cells.sids.take(place), "\n"),
+        )
+        yield "".join(lines.to_pylist())
+
+
+def _places(numbers: "np.ndarray", cells: Cells) -> "np.ndarray":
+    """Where the texts of items stand in the arrays of `cells`."""
+    import numpy as np
+
+    return numbers if cells.place_of is None else np.searchsorted(cells.place_of, numbers)
+
+
+def write_parts(path: Path, made: Histories, targets: "np.ndarray", *, max_history: int) -> None:
+    """The sequences of some windows in one file, or in the parts of a folder, each with the next ROWS_A_FILE rows."""
+    if len(targets) <= ROWS_A_FILE:
+        write_sequences(path, made, targets, max_history=max_history)
+        return
+    path.mkdir()
+    for number, at in enumerate(range(0, len(targets), ROWS_A_FILE)):
+        part = path / PARTS.replace("*", f"{number:05}")
+        write_sequences(part, made, targets[at : at + ROWS_A_FILE], max_history=max_history)
 
 
 def write_sequences(path: Path, made: Histories, targets: "np.ndarray", *, max_history: int) -> None:
@@ -109,7 +165,7 @@ def write_sequences(path: Path, made: Histories, targets: "np.ndarray", *, max_h
             target = targets[begin]
             first = made.first_of(target, max_history=max_history)
             arrays = [
-                pyarrow.array([made.users[user] for user in made.user_N[target].tolist()], pyarrow.string()),
+                made.users.take(pyarrow.array(made.user_N[target])).cast(pyarrow.string()),
                 lists(made.item_N, first, target + count - first),
                 pyarrow.array(count.astype("int32")),
                 pyarrow.array(np.full(len(count), max_history, dtype="int32")),

@@ -1,19 +1,21 @@
 """Every user's items in order of time, and which of them are asked for in train, valid and test.
 
     u bought items 0, 1 and 2, v then bought 3 and 0
-        -> Histories(users=["u", "v"], start_U=[0, 3, 5], user_N=[0, 0, 0, 1, 1], item_N=[0, 1, 2, 3, 0], time_N=..)
+        -> Histories(users ["u", "v"], start_U=[0, 3, 5], user_N=[0, 0, 0, 1, 1], item_N=[0, 1, 2, 3, 0], time_N=..)
 
 A window is a history and its target, the item that followed. It is named by the position of the target: window 2 is
 [0, 1] -> 2, and windows 0 and 3 are none, since nothing comes before. N interactions, U users.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rq.interaction_log import Kept
+
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
+    import pyarrow
 
 PARTS = ("train", "valid", "test")
 VALID_SHARE, TEST_SHARE = 0.1, 0.1
@@ -23,11 +25,11 @@ VALID_SHARE, TEST_SHARE = 0.1, 0.1
 class Histories:
     """The interactions user by user, users in the order of their first one, each user's in order of time."""
 
-    users: Sequence[str]
+    users: "pyarrow.Array"  # texts
     start_U: "np.ndarray"  # where each user begins, and last N
     user_N: "np.ndarray"  # positions in `users`
     item_N: "np.ndarray"  # item numbers
-    time_N: "np.ndarray"  # grows with time, in whatever unit the column has
+    time_N: "np.ndarray"  # grows with time, in whatever unit
 
     def first_of(self, targets: "np.ndarray", *, max_history: int) -> "np.ndarray":
         """Where the history of each window begins: up to `max_history` items before its target."""
@@ -36,23 +38,27 @@ class Histories:
         return np.maximum(self.start_U[self.user_N[targets]], targets - max_history)
 
 
-def histories(rows: "pd.DataFrame", number_of: Mapping[str, int]) -> Histories:
-    """`rows`: categorical columns user and item, and time, in order of time; equal times stay in their order."""
+def histories(kept: Kept, number_of: Mapping[str, int]) -> Histories:
+    """The rows that are kept, user by user; equal times stay in their order."""
     import numpy as np
-    import pandas as pd
+    import pyarrow
 
-    user_N, users = pd.factorize(rows.user.cat.codes.to_numpy())
-    user_N = user_N.astype("int32")
+    first_U = np.full(len(kept.users), len(kept), dtype="int64")
+    first_U[kept.user_N[::-1]] = np.arange(len(kept) - 1, -1, -1)  # of several rows of a user, the last one written stays
+    codes = np.argsort(first_U, kind="stable")[: int((first_U < len(kept)).sum())]
+    position_U = np.empty(len(first_U), dtype="int32")  # of those without a row, none is read
+    position_U[codes] = np.arange(len(codes))
+    user_N = position_U[kept.user_N]
     order_N = np.argsort(user_N, kind="stable")
-    number_I = np.array([number_of.get(item, -1) for item in rows.item.cat.categories], dtype="int64")
+    number_I = np.array([number_of.get(item, -1) for item in kept.items], dtype="int64")
     if number_I.max() < 2**31:
         number_I = number_I.astype("int32")
     return Histories(
-        users=rows.user.cat.categories[users].tolist(),
+        users=kept.users.take(pyarrow.array(codes)),
         start_U=np.concatenate([[0], np.bincount(user_N).cumsum()]),
         user_N=user_N[order_N],
-        item_N=number_I[rows.item.cat.codes.to_numpy()[order_N]],
-        time_N=rows.time.to_numpy()[order_N],
+        item_N=number_I[kept.item_N[order_N]],
+        time_N=kept.time_N[order_N],
     )
 
 

@@ -28,11 +28,13 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fire
 
 from sid_sft.files import LONGEST_PATH, FaultHere, InputError, cut, error_text, plain, shown
+from sid_sft.parts import parts_of
 
 logger = logging.getLogger("sft.command_line")
 
@@ -77,6 +79,7 @@ class About(NamedTuple):
     in_sft_sh: str  # what sft.sh gives for a flag that is left out, if anything
     required: bool
     is_file: bool
+    several: bool
 
     def meaning(self) -> str:
         """'pixels (at least 1)'."""
@@ -94,9 +97,10 @@ def flag(
     in_sft_sh: str = "",
     required: bool = False,
     is_file: bool = False,
+    several: bool = False,
 ) -> Any:
-    """A field of a record of flags. is_file: where it is given, such a file must exist."""
-    about = About(help, range, choices, if_unset, in_sft_sh, required, is_file)
+    """A field of a record of flags. is_file: where it is given, such a file must exist; several: or some (parts.py)."""
+    about = About(help, range, choices, if_unset, in_sft_sh, required, is_file, several)
     return dataclasses.field(default=default, metadata={"about": about})
 
 
@@ -136,7 +140,12 @@ def check_flag(name: str, value: Any, about: About) -> None:
     if about.choices and value not in about.choices:
         like = suggestion(value, about.choices)
         raise InputError(f"--{name} {shown(value)}{like}; expected one of {', '.join(about.choices)}")
-    if about.is_file and not os.path.isfile(value):
+    if about.several:
+        try:
+            parts_of(Path(value))
+        except InputError as error:
+            raise InputError(f"--{name} {error}") from None
+    elif about.is_file and not os.path.isfile(value):
         raise InputError(f"--{name} {cut(value, LONGEST_PATH)}: there is no such file")
 
 

@@ -50,7 +50,8 @@ NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}  # a cache that is there 
 
 
 class Source(NamedTuple):
-    """The files that a dataset's rows are read from: Source(Path("X.train.csv")) for tasks over interactions and items.
+    """The files that a dataset's rows are read from: Source(Path("X.train.csv")) for tasks over interactions and items,
+    Source(Path("train/part-*.parquet")) where these are several.
 
     The tasks over preferences read the entries of one split of a preference file.
     """

@@ -22,6 +22,7 @@ from sid_sft.catalogue import Catalogue, same_title, title_text
 from sid_sft.cells import LIST_COLUMNS, ItemIds, Written, list_cell
 from sid_sft.files import InputError, cut, error_text, one_line, read_json, read_lines, shown
 from sid_sft.parquet_rows import parquet_rows
+from sid_sft.parts import parts_of, source_name
 
 logger = logging.getLogger("sft.interactions")
 
@@ -94,7 +95,8 @@ def read_rows(
     *,
     max_left_out: float = MAX_LEFT_OUT,
 ) -> Iterator[Row]:
-    """The rows of a file of interactions, one at a time, checked against the catalogue; parquet_rows.py tells of Parquet.
+    """The rows of interactions, one at a time, checked against the catalogue; parts.py tells of several files, which are
+    read one after the other, and parquet_rows.py of Parquet.
 
     SIDs and titles are taken from the catalogue. A CSV whose SIDs contradict the index is refused, as it belongs to
     another index; a SID that lacks only the last, collision-breaking token is counted and read as the index has it.
@@ -107,7 +109,7 @@ def read_rows(
     path = Path(path)
     counts: Counter[str] = Counter()
     ids, left_out = ItemIds(catalogue), LeftOut()
-    for written in parquet_rows(path) if path.suffix.lower() == ".parquet" else csv_rows(path, catalogue):
+    for written in written_rows(parts_of(path), catalogue):
         counts["rows"] += 1
         row = parse_row(written, ids, counts, left_out)
         if row is not None:
@@ -115,17 +117,25 @@ def read_rows(
     if not counts["rows"]:
         raise InputError(f"{path}: has no rows; expected rows of {','.join(CSV_COLUMNS)}")
     left_out.check(path, counts["rows"], max_left_out)
+    name = source_name(path)
     for reason, count in left_out.counts.items():
-        note(f"{path.name}: {count:,} rows left out: {reason} ({counts['rows']:,} rows)")
+        note(f"{name}: {count:,} rows left out: {reason} ({counts['rows']:,} rows)")
     if spelling := ids.note_on_spelling():
-        note(f"{path.name}: {spelling} ({counts['rows']:,} rows)")
+        note(f"{name}: {spelling} ({counts['rows']:,} rows)")
     for key, text in {
         "history": "history items left out: they are not in the index",
         "short": "SIDs lack the last token that the index has; the index is used",
         "title": "titles differ from the item file's; the item file is used",
     }.items():
         if counts[key]:
-            note(f"{path.name}: {counts[key]:,} {text} ({counts['rows']:,} rows)")
+            note(f"{name}: {counts[key]:,} {text} ({counts['rows']:,} rows)")
+
+
+def written_rows(parts: list[Path], catalogue: Catalogue) -> Iterator[Written]:
+    """The rows of each file in turn; where there are several, the spot of a row has the name of its file."""
+    for path in parts:
+        for written in parquet_rows(path) if path.suffix.lower() == ".parquet" else csv_rows(path, catalogue):
+            yield written._replace(spot=f"{path.name}, {written.spot}") if len(parts) > 1 else written
 
 
 def check_columns(path: Path, header: list[str]) -> None:

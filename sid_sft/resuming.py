@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sid_sft.command_line import rank, world_size
 from sid_sft.files import InputError, content_hash, cut, file_hash, read_json, whole_file
 from sid_sft.output_folder import RECORD_FILE, STATE_FILE
+from sid_sft.parts import source_hash
 from sid_sft.settings import CHANGEABLE, TrainFlags, examples_per_step, intervals
 from sid_sft.tasks import PROMPTS, category_name
 from sid_sft.training_arguments import use_bf16
@@ -211,5 +212,5 @@ def what_decides(flags: TrainFlags, base: str, tokens: list[str]) -> dict[str, A
         "save_steps": saving,
         "num_epochs": flags.num_epochs if flags.max_steps < 0 else None,
     }
-    files = {name: file_hash(path) for name, path in flags.input_files.items()}
+    files = {name: source_hash(path) for name, path in flags.input_files.items()}
     return {name: getattr(flags, name) for name in CHANGEABLE} | resolved | files

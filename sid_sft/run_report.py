@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sid_sft.files import file_hash, whole_file
+from sid_sft.files import whole_file
+from sid_sft.parts import source_hash, source_name, source_size
 from sid_sft.settings import TrainFlags, examples_per_step
 from sid_sft.tasks import TASKS
 
@@ -117,7 +118,7 @@ def command_line() -> str:
 def inputs_table(flags: TrainFlags) -> str:
     """Each input file with its size and the beginning of its SHA-256."""
     lines = [
-        [f"--{name}", path.name, f"{path.stat().st_size:,}", file_hash(path)[:16]]
+        [f"--{name}", source_name(path), f"{source_size(path):,}", source_hash(path)[:16]]
         for name, path in flags.input_files.items()
     ]
     return markdown_table(["flag", "file", "bytes", "SHA-256 begins"], lines)

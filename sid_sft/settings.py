@@ -75,12 +75,17 @@ class TrainFlags:
         in_sft_sh="Qwen/Qwen2.5-0.5B",
     )
     train_file: str = flag(
-        "", "interactions to train on, CSV or Parquet", is_file=True, in_sft_sh="data/amazon/CATEGORY.train.csv"
+        "",
+        "interactions to train on, CSV or Parquet; several files as a folder, a glob, or names with commas between",
+        is_file=True,
+        several=True,
+        in_sft_sh="data/amazon/CATEGORY.train.csv",
     )
     eval_file: str = flag(
         "",
-        "interactions to evaluate on (task sid_sid), CSV or Parquet; without it nothing is evaluated",
+        "interactions to evaluate on (task sid_sid), like train_file; without it nothing is evaluated",
         is_file=True,
+        several=True,
         in_sft_sh="data/amazon/CATEGORY.valid.csv",
     )
     sid_index_path: str = flag(
@@ -237,7 +242,7 @@ class TrainFlags:
 
     @property
     def input_files(self) -> dict[str, Path]:
-        """Flag -> path of every file that the run reads."""
+        """Flag -> path of every file that the run reads; parts.py has the files of one that is several."""
         return {
             name: Path(path) for name, about in flags_of(self).items() if about.is_file and (path := getattr(self, name))
         }
@@ -250,7 +255,7 @@ class EvaluateFlags:
     base_model: str = same_flag(
         TrainFlags, "base_model", "folder or hub name of a trained model, e.g. the final_checkpoint/ of sft.py"
     )
-    test_file: str = flag("", "interactions to evaluate on, CSV or Parquet", is_file=True)
+    test_file: str = flag("", "interactions to evaluate on, like train_file", is_file=True, several=True)
     sid_index_path: str = same_flag(
         TrainFlags,
         "sid_index_path",
@@ -262,7 +267,7 @@ class EvaluateFlags:
         "the .item.json with titles, for recommendations in words and for the task title_sid",
     )
     train_file: str = same_flag(
-        TrainFlags, "train_file", "file that was trained on, for the baselines and for how popular an item is"
+        TrainFlags, "train_file", "what was trained on, for the baselines and for how popular an item is"
     )
     output_dir: str = same_flag(
         TrainFlags,

@@ -23,7 +23,7 @@ FEWER_LINES = {"sft.py": 300, "data.py": 350}
 
 COMMANDS = {"sft", "evaluate"}  # the two at the root; those of rq/ have a main guard
 NAMES = {"data"}  # public names for users and the two commands; the package itself does without
-HEAVY = {"torch", "transformers", "datasets", "accelerate", "pandas", "matplotlib", "faiss", "sklearn"}
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "pandas", "matplotlib", "faiss", "sklearn", "duckdb"}
 
 KNOWN_HOSTS = {"arxiv.org", "www.apache.org", "keepachangelog.com"}
 

@@ -53,6 +53,7 @@ from rq.catalogue import item_text, plain, read_items
 from rq.embeddings import open_embeddings
 from rq.files import InputError
 from rq.formats import FIELD_NAMES
+from rq.interaction_log import InteractionLog, opened_base
 from rq.markup import without_markup
 from rq.metadata import ITEM_FIELDS, OPTIONAL_FIELDS, catalogue
 from rq.origin import Origin, write_record
@@ -101,11 +102,11 @@ def read_as_items(path: Path) -> dict[str, dict[str, str]]:
 
 
 def read_as_interactions(path: Path) -> None:
-    table = prepare.with_texts(read_interactions(path, **READING))
-    known = table.rows.item.cat.categories
-    rows = prepare.filter_interactions(table, known_items=known, k_core=1, dayfirst=None)
-    numbers = {item: number for number, item in enumerate(rows.item.drop_duplicates())}
-    made = histories(rows, numbers)
+    with opened_base(path.parent, "X", memory_gb=1) as base:
+        log = InteractionLog(read_interactions(path, **READING), base)
+        kept = log.filtered(known_items=log.texts("item"), k_core=1, dayfirst=None)
+    numbers = {item: number for number, item in enumerate(kept.bought())}
+    made = histories(kept, numbers)
     windows = split_windows(made, split="global")["train"]
     cells = csv_cells(made, *({number: item for item, number in numbers.items()},) * 2)
     assert len("".join(csv_lines(made, windows, cells, max_history=3)).splitlines()) > len(windows)

@@ -6,16 +6,19 @@ import gzip
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import refusals
 
 from rq import prepare
 from rq.index_file import write_sids
-from rq.timestamps import Column, read_times
+from rq.interaction_log import InteractionLog, Kept, opened_base
+from rq.tables import Table
 from rq.training_files import CSV_COLUMNS
 from rq.windows import Histories, histories, split_windows
 
@@ -145,8 +148,15 @@ def test_leave_one_out_gives_each_user_one_test_and_one_valid_row(tables, tmp_pa
 def in_order(*rows: tuple[str, int, int]) -> Histories:
     """Histories of (user, item number, time), which are in order of time."""
     users, items, times = zip(*rows, strict=True)
-    frame = pd.DataFrame({"user": pd.Categorical(users), "item": pd.Categorical(map(str, items)), "time": times})
-    return histories(frame, {str(item): item for item in items})
+    user_texts, item_texts = sorted(set(users)), sorted({str(item) for item in items})
+    kept = Kept(
+        np.array([user_texts.index(user) for user in users], "int32"),
+        np.array([item_texts.index(str(item)) for item in items], "int32"),
+        np.array(times, "int32"),
+        pyarrow.array(user_texts),
+        item_texts,
+    )
+    return histories(kept, {str(item): item for item in items})
 
 
 def test_the_global_split_is_by_time_of_the_target():
@@ -159,7 +169,7 @@ def test_the_global_split_is_by_time_of_the_target():
 
 def test_users_come_in_the_order_of_their_first_item_and_equal_times_in_that_of_the_rows():
     made = in_order(("b", 3, 1), ("a", 5, 1), ("b", 4, 1), ("a", 6, 1))
-    assert (made.users, made.start_U.tolist(), made.item_N.tolist()) == (["b", "a"], [0, 2, 4], [3, 4, 5, 6])
+    assert (made.users.to_pylist(), made.start_U.tolist(), made.item_N.tolist()) == (["b", "a"], [0, 2, 4], [3, 4, 5, 6])
     assert [part.tolist() for part in split_windows(made, split="global").values()] == [[1, 3], [], []]
 
 
@@ -229,9 +239,11 @@ def test_parquet_and_amazon_json_lines_give_what_csv_gives(tables, tmp_path, kin
 
 def order(*cells: object, dayfirst: bool | None = None) -> list[int]:
     """The cells of one column in order of time, by number: [1, 0] when the second cell is the earlier one."""
-    column = Column("timestamp", pd.Series(cells), lambda row: f"o.csv:{row + 2}")
-    times = read_times(column, dayfirst=dayfirst).order
-    return times.dropna().sort_values(kind="stable").index.tolist()
+    frame = pd.DataFrame({"user": "u", "item": [str(number) for number in range(len(cells))], "time": pd.Series(cells)})
+    table = Table("o.csv", [frame], {"time": "timestamp"}, lambda row: f"o.csv:{row + 2}")
+    with opened_base(Path(tempfile.gettempdir()), "o", memory_gb=1) as base:
+        kept = InteractionLog(table, base).filtered(known_items=None, k_core=1, dayfirst=dayfirst)
+    return [int(kept.items[item]) for item in kept.item_N]
 
 
 def orders_of(tables: dict[str, Path], *times: object) -> None:
@@ -463,7 +475,7 @@ BROKEN = {
     "long_first_row.csv": "the first row has more cells than the header; expected 3 cells",
     "long_row.csv": "Expected 3 fields in line 3, saw 4",
     "open_quote.csv": "EOF inside string starting at row 1",
-    "folder.csv": "a folder; expected .csv",
+    "folder.csv": "a folder without a table; expected files that end in .csv",
 }
 
 

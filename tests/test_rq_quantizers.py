@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from rq import (
     rqvae,
     training,
 )
+from rq.collisions import add_a_code, group_sizes
+from rq.embeddings import open_embeddings
 from rq.files import InputError
 from rq.index_file import read_sids
 from rq.quantizers import Design, Quantizer, ResidualCodebooks
@@ -449,3 +452,37 @@ def test_the_loss_of_rqvae_is_in_input_space(clustered):
     share, _, codes = quantizer(x, commitment=0.25)
     own = F.mse_loss(torch.from_numpy(quantizer.reconstruction(codes.numpy())), x)
     torch.testing.assert_close(share, own / clustered.var(axis=0).mean(), rtol=1e-4, atol=0)
+
+
+def test_codebooks_of_a_sample_are_those_of_its_rows_and_every_item_gets_codes(tmp_path):
+    rng = np.random.default_rng(0)
+    rows_ND = rng.standard_normal((3000, 4), np.float32)
+    np.save(tmp_path / "E.npy", rows_ND)
+    line = [f"--data_path={tmp_path}/E.npy", "--levels=8,8", f"--ckpt_path={tmp_path}/q", "--overwrite", "--fit_sample=64"]
+    rqkmeans.main([*line, f"--codes_output={tmp_path}/alone.npy"])
+    rqkmeans.main([*line, f"--codes_output={tmp_path}/with_index.npy", f"--output={tmp_path}/X.index.json"])
+    codes_NL = np.load(tmp_path / "alone.npy")
+    assert (codes_NL.dtype, codes_NL.shape) == (np.int32, (3000, 2))
+    assert (tmp_path / "alone.npy").read_bytes() == (tmp_path / "with_index.npy").read_bytes()
+    sample_SD = open_embeddings(tmp_path / "E.npy").sample(64, seed=42)
+    assert len(sample_SD) == 64
+    quantizer = rqkmeans.fit(sample_SD, (8, 8), seed=42)
+    assert np.array_equal(quantizer.codes(rows_ND), codes_NL)
+    told = refusal(rqkmeans.main, *line[:-1], "--fit_sample=7")
+    assert told == "rq.rqkmeans: --fit_sample 7 is less than the 8 centroids of a level; give more"
+
+
+def test_extra_codes_are_those_counted_one_item_after_the_other():
+    rng = np.random.default_rng(1)
+    for dtype in (np.int32, np.uint8):
+        codes_NL = rng.integers(0, 6, (500, 3)).astype(dtype)
+        seen: Counter = Counter()
+        sizes = Counter(map(tuple, codes_NL.tolist()))
+        expected = []
+        for codes in map(tuple, codes_NL.tolist()):
+            expected.append((*codes, seen[codes]) if sizes[codes] > 1 else codes)
+            seen[codes] += 1
+        found = add_a_code(codes_NL)
+        assert list(found) == expected
+        assert found[3] == expected[3]
+        assert sorted(group_sizes(codes_NL)) == sorted(sizes.values())

@@ -14,9 +14,10 @@ from refusals import refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-from rq import text2emb
+from rq import shards, text2emb
 from rq.catalogue import item_text, read_items
 
+ROOT = Path(__file__).parent.parent
 WORDS = ["steel", "drill", "bit", "glue", "red", "blue", "small", "large", "tape", "saw"]
 
 
@@ -153,7 +154,7 @@ def test_the_default_name_is_the_one_users_know(tmp_path):
 
 
 def test_two_processes_write_the_rows_one_would(item_file, tmp_path):
-    """As with several GPUs, here on the CPU: each process embeds half of the items into the one file."""
+    """As with several GPUs, here on the CPU, started by another launcher."""
     folder = encoder_folder(tmp_path, causal=True)
     alone = embed(item_file, tmp_path / "E.npy", "--encoder", folder, "--normalize")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
@@ -168,10 +169,92 @@ def test_two_processes_write_the_rows_one_would(item_file, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    np.testing.assert_allclose(np.load(tmp_path / "F.npy"), alone, atol=1e-6)
+    assert np.array_equal(np.load(tmp_path / "F.npy"), alone)
     assert sorted(path.name for path in tmp_path.glob("*.npy*")) == ["E.npy", "F.npy"]
     assert result.stdout == ""
     assert result.stderr.count("last pooling") == 1
+
+
+def many_items(path: Path, count: int) -> Path:
+    rng = np.random.default_rng(5)
+    titles = [" ".join(rng.choice(WORDS, 1 + number % 6)) for number in range(count)]
+    path.write_text(json.dumps({str(number): {"title": title} for number, title in enumerate(titles)}))
+    return path
+
+
+def test_processes_of_its_own_write_the_rows_of_one_to_the_bit(tmp_path):
+    """Three shards, the last one short, for two processes."""
+    item_file = many_items(tmp_path / "X.item.json", 2 * shards.ROWS_OF_A_SHARD + 700)
+    options = ("--encoder", encoder_folder(tmp_path, causal=False), "--batch_size", 256, "--normalize", "--max_len", 4)
+    command = [sys.executable, "-m", "rq.text2emb", "--item_file", str(item_file), "--device", "cpu", *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    told = {}
+    for count in (1, 2):
+        output = ["--output", str(tmp_path / f"{count}.npy"), "--num_processes", str(count)]
+        done = subprocess.run([*command, *output], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        told[count] = done.stderr
+    assert (tmp_path / "2.npy").read_bytes() == (tmp_path / "1.npy").read_bytes()
+    assert (tmp_path / "2.encoder.json").read_text() == (tmp_path / "1.encoder.json").read_text()
+    (cut,) = re.findall(r".* texts were longer than 4 tokens and cut there", told[1])
+    assert cut in told[2]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_refusal_in_processes_is_one_line(tmp_path):
+    item_file = many_items(tmp_path / "X.item.json", 5)
+    command = [sys.executable, "-m", "rq.text2emb", "--item_file", str(item_file), "--encoder", str(tmp_path / "none")]
+    done = subprocess.run([*command, "--num_processes", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("rq.text2emb: ")]
+    assert "Expected tfidf, a folder, or a Hugging Face name" in line
+    assert "Traceback" not in done.stderr
+    told = refusal(text2emb.main, "--item_file", str(item_file), "--num_processes", "2")
+    assert told == "rq.text2emb: --num_processes 2: TF-IDF runs in one process; leave the flag out"
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_shards_that_are_missing(item_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "ROWS_OF_A_SHARD", 8)  # 30 items: four shards
+    options = ("--encoder", encoder_folder(tmp_path, causal=True))
+    expected = embed(item_file, tmp_path / "whole.npy", *options)
+    embed_shard, done = text2emb.embed_shard, []
+
+    def stopped_at_the_third(*arguments: object) -> object:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return embed_shard(*arguments)
+
+    def counted(*arguments: object) -> object:
+        done.append(arguments)
+        return embed_shard(*arguments)
+
+    def stop() -> Path:
+        done.clear()
+        monkeypatch.setattr(text2emb, "embed_shard", stopped_at_the_third)
+        with pytest.raises(SystemExit):
+            embed(item_file, tmp_path / "E.npy", *options)
+        assert not (tmp_path / "E.npy").exists()
+        done.clear()
+        monkeypatch.setattr(text2emb, "embed_shard", counted)
+        return tmp_path / ".E.npy.shards"
+
+    folder = stop()
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.safetensors", "00001.safetensors", "of.json"]
+    (folder / "00001.safetensors").write_bytes((folder / "00001.safetensors").read_bytes()[:-9])
+    capsys.readouterr()
+    assert np.array_equal(embed(item_file, tmp_path / "E.npy", *options), expected)
+    assert len(done) == 3  # the one that was damaged, and the two that were never made
+    assert "1 of 4 shards are kept of a run that was stopped" in capsys.readouterr().err
+    assert not folder.exists()
+    (tmp_path / "E.npy").unlink()
+    stop()
+    items = json.loads(item_file.read_text())
+    item_file.write_text(json.dumps({**items, "29": {"title": "glue glue"}}))  # other texts: nothing is reused
+    rows_ND = embed(item_file, tmp_path / "E.npy", *options)
+    assert len(done) == 4
+    assert np.array_equal(rows_ND[:24], expected[:24])
+    assert not np.array_equal(rows_ND[29], expected[29])
 
 
 def test_the_record_of_a_model_has_its_pooling_length_and_weights(item_file, tmp_path):

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 import refusals
 
-from rq import prepare
+from rq import prepare, training_files
 from rq.index_file import read_sids, sid_tokens, write_sids
-from rq.tables import Table
+from rq.interaction_log import texts_of
 from rq.training_files import CSV_COLUMNS
 from sid_sft.catalogue import read_catalogue
 from sid_sft.files import InputError
@@ -156,6 +156,27 @@ def test_a_sequence_holds_every_item_once_and_row_numbers_only_where_they_say_so
     }
 
 
+def test_many_rows_are_a_folder_of_parts_with_the_rows_of_one_file(tmp_path, monkeypatch):
+    for split in ("global", "leave_one_out"):
+        run(tmp_path / split, LOGS["a shop"], f"--split={split}", "--output_format=parquet")
+        expected = rows_of(tmp_path / split, "parquet")
+        one_file = (tmp_path / split / "X.train.parquet").read_bytes()
+        again = [*arguments(tmp_path / split), f"--index={tmp_path}/{split}/X.index.json", "--overwrite"]
+        monkeypatch.setattr(training_files, "ROWS_A_FILE", 37)
+        for _ in range(2):  # the folder replaces a file, and then a folder
+            prepare.main(again)
+            parts = sorted(path.name for path in (tmp_path / split / "X.train.parquet").iterdir())
+            assert parts[:2] == ["part-00000.parquet", "part-00001.parquet"]
+            assert rows_of(tmp_path / split, "parquet") == expected
+        (tmp_path / split / "X.train.parquet" / "notes").touch()
+        assert "X.train.parquet holds 'notes', which would be lost" in refusals.refusal(prepare.main, *again)
+        (tmp_path / split / "X.train.parquet" / "notes").unlink()
+        monkeypatch.undo()
+        prepare.main(again)
+        assert (tmp_path / split / "X.train.parquet").read_bytes() == one_file
+        assert not [path.name for path in (tmp_path / split).iterdir() if path.name.startswith(".")]
+
+
 def test_numbers_of_an_index_beyond_32_bits_stay_what_they_are(tmp_path):
     items = [5, 2**31, 10**17]
     (tmp_path / "X.inter.json").write_text(json.dumps({"0": items, "1": items[::-1]}))
@@ -185,10 +206,6 @@ def test_the_format_is_remembered_and_refused_where_it_cannot_hold_the_histories
 
 def test_cells_that_are_equal_but_not_the_same_text_stay_two():
     cells = pd.Series([1, True, "1", None, " 1", 2.0, float("nan")], dtype=object)
-    table = Table(
-        Path("o.json"), pd.DataFrame({"user": cells, "item": [12.0, 12.5, float("nan"), -0.0, 0.0, 7, 12]}), {}, str
-    )
-    rows = prepare.with_texts(table).rows
-    assert rows.user.tolist() == ["1", "True", "1", "", "1", "2", ""]
-    assert rows.item.tolist() == ["12", "12.5", "", "0", "0", "7", "12"]
-    assert rows.item.cat.categories.tolist() == ["12", "12.5", "", "0", "7"]
+    assert texts_of(cells).to_pylist() == ["1", "True", "1", "", "1", "2", ""]
+    cells = pd.Series([12.0, 12.5, float("nan"), -0.0, 0.0, 7, 12])
+    assert texts_of(cells).to_pylist() == ["12", "12.5", "", "0", "0", "7", "12"]

@@ -83,7 +83,10 @@ def run(tree: Path, folder: Path, kind: str, out: str, *extra: str) -> tuple[flo
 
 
 def size_gb(folder: Path, ending: str) -> float:
-    return sum((folder / f"X.{part}.{ending}").stat().st_size for part in PARTS) / 1e9
+    """The size of the training files, each of which may be a folder of parts."""
+    paths = [folder / f"X.{part}.{ending}" for part in PARTS]
+    files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files) / 1e9
 
 
 def main() -> None:
@@ -92,6 +95,7 @@ def main() -> None:
     parser.add_argument("--input", choices=("parquet", "csv"), default="parquet")
     parser.add_argument("--split", choices=("global", "leave_one_out"), default="global")
     parser.add_argument("--formats", default="csv,parquet", help="of the training files")
+    parser.add_argument("--memory_gb", default="4")
     parser.add_argument("--old", type=Path, help="a checkout of an earlier commit")
     parser.add_argument("--folder", type=Path, default=Path("bench_prepare"), help="for the files, several GB; then removed")
     parser.add_argument("--output", type=Path, help="a Markdown file for the table")
@@ -102,7 +106,8 @@ def main() -> None:
     lines = []
 
     def measure(name: str, tree: Path, out: str, ending: str, *extra: str) -> None:
-        wall, cpu, peak = run(tree, folder, arguments.input, out, *extra)
+        bound = () if tree == arguments.old else ("--memory_gb", arguments.memory_gb)
+        wall, cpu, peak = run(tree, folder, arguments.input, out, *bound, *extra)
         size = f"{size_gb(folder / out, ending):.2f}" if ending else ""
         line = f"| {name} | {wall:.1f} | {cpu:.1f} | {peak:.2f} | {peak * 1e9 / arguments.rows:.0f} | {size} |"
         print(line, flush=True)
