@@ -21,8 +21,10 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
 
 def broken_weights(model: PreTrainedModel) -> dict[str, int]:
     """Weight -> how many of its values are NaN or infinite; {} where all are finite."""
+    from sid_sft.forward.architecture import parts_of
+
     # A sum is not finite if a term is not: a pass without a copy. Finite terms may overflow; then they are counted.
-    suspects = {name: weight for name, weight in model.named_parameters() if not weight.detach().sum().isfinite()}
+    suspects = {name: weight for name, weight in parts_of(model.named_parameters()) if not weight.detach().sum().isfinite()}
     found = {name: int((~weight.isfinite()).sum()) for name, weight in suspects.items()}
     return {name: count for name, count in found.items() if count}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from sid_sft.command_line import LARGEST, suggestion, world_size
@@ -19,6 +20,8 @@ from sid_sft.serving.export import CONTENT, TRIE_FILE
 from sid_sft.settings import CACHE_DIR, CHANGEABLE, EvaluateFlags, TrainFlags, answers_path, examples_per_step, intervals
 from sid_sft.tasks import TASK_GROUPS, TASKS
 
+NEEDED = {"lora_rank": "peft", "load_in_8bit": "torchao", "load_in_4bit": "bitsandbytes"}  # flag -> optional library
+
 
 def check_training(flags: TrainFlags) -> None:
     """Refuses, before anything heavy is loaded, flags of sft.py that contradict each other or the disk."""
@@ -29,6 +32,7 @@ def check_training(flags: TrainFlags) -> None:
     check_places(flags)
     check_resuming(flags)
     check_distribution(flags)
+    check_freezing(flags)
 
 
 def check_batch(flags: TrainFlags) -> None:
@@ -146,6 +150,25 @@ def check_distribution(flags: TrainFlags) -> None:
                 "never calls the gradient hook that keeps the other rows frozen" if flags.freeze_LLM else "is not supported"
             )
             raise InputError(f"{name} {why}; start with torchrun (as sft.sh does), not with an {name} configuration")
+
+
+def check_freezing(flags: TrainFlags) -> None:
+    """Refuses what is for freeze mode alone, and what needs a library that is not there."""
+    for name in ("lora_alpha", "lora_learning_rate"):
+        if getattr(flags, name) is not None and not flags.lora_rank:
+            raise InputError(f"--{name} needs --lora_rank, the rank of the adapters")
+    if flags.load_in_8bit and flags.load_in_4bit:
+        raise InputError("--load_in_8bit and --load_in_4bit are two ways to hold one model; choose one")
+    for name, library in NEEDED.items():
+        if not getattr(flags, name):
+            continue
+        given = f"--{name} {getattr(flags, name)}"
+        if not flags.freeze_LLM:
+            raise InputError(
+                f"{given} is for --freeze_LLM True, which it needs; without it every number of the model trains"
+            )
+        if find_spec(library) is None:
+            raise InputError(f"{given} needs {library}, which is not installed; pip install {library}")
 
 
 def check_evaluating(flags: EvaluateFlags) -> None:

@@ -97,7 +97,7 @@ class RunKeeper(TrainerCallback):
         if self.resumed is None:
             return
         self.find_best_checkpoint(state)
-        if {"learning_rate", "weight_decay"} & set(self.resumed.changed):
+        if {"learning_rate", "lora_learning_rate", "weight_decay"} & set(self.resumed.changed):
             self.take_new_rates()
         if self.resumed.log["evaluation_is_due"]:
             metrics = self.trainer.evaluate()

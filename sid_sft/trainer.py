@@ -25,6 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import align_special_tokens
 
+from sid_sft.adapters import ADAPTER_FOLDER, Adapters
 from sid_sft.faults import fitted
 from sid_sft.files import FaultHere, InputError, follow_umask
 from sid_sft.forward.choose import Forward, agreed, choose_forward
@@ -70,7 +71,7 @@ class PutOff(Exception):
 
 
 class SidTrainer(ResumesFromOwnFiles, Trainer):
-    """Trains the whole model, or with `rows` the SID rows alone.
+    """Trains the whole model, or with `rows` the SID rows alone, and with `adapters` these beside them.
 
     The Trainer clips the gradients of the model, saves it and loads it; the rows' masters are no parameters of the model,
     so here they are clipped, saved and loaded. What the Trainer is relied on for is checked before the first step.
@@ -80,6 +81,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self,
         *,
         rows: SidRows | None,
+        adapters: Adapters | None,
         base_hash: str,
         micro_batch_size: int,
         auto_micro_batch: bool,
@@ -97,6 +99,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     ) -> None:
         super().__init__(**settings)
         self.rows, self.base_hash, self.micro_batch_size = rows, base_hash, micro_batch_size
+        self.adapters, self.beside = adapters, adapters.parameters if adapters else []
         self.auto_micro_batch = auto_micro_batch
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -120,6 +123,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
                 rows,
                 examples,
                 self.micro_batch_size,
+                adapters=self.beside,
                 frozen_prefix=frozen_prefix,
                 cache_bytes=cache_bytes,
                 cache_place=cache_place,
@@ -161,7 +165,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.bad_step = torch.where(total.isfinite(), self.bad_step, self.bad_step.clamp(max=step))
         self.sum_gradients()
         if self.rows is not None:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.rows.masters, self.max_norm)
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained(), self.max_norm)
         self.sums.add(
             by_task,
             self.labels_per_task(inputs),
@@ -227,7 +231,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer steps."""
         if self.rows is not None:
-            return self.rows.masters
+            return [*self.rows.masters, *self.beside]
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def sum_gradients(self) -> None:
@@ -251,6 +255,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             args = self.args
             self.optimizer = SidRowAdamW(
                 self.rows,
+                adapters=self.beside,
+                adapter_lr=self.adapters.learning_rate if self.adapters else 0.0,
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
@@ -406,7 +412,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.stop_unless_finite(weights=True)
 
     def save_model(self, output_dir: str | None = None, **settings) -> None:
-        """Writes the weights of a checkpoint: in freeze mode the rows alone."""
+        """Writes the weights of a checkpoint: in freeze mode the rows, and the adapters, alone."""
         self.stop_unless_finite(weights=True)
         if self.rows is None:
             super().save_model(output_dir, **settings)
@@ -416,12 +422,17 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.rows.save(folder / ROWS_FILE, self.base_hash)
+            if self.adapters:
+                self.adapters.save(folder / ADAPTER_FOLDER)
+                follow_umask(folder)
 
     def load_weights(self, folder: Path) -> bool:
-        """Loads the rows of a checkpoint; in full mode nothing, and says so."""
+        """Loads the rows and adapters of a checkpoint; in full mode nothing, and says so."""
         if self.rows is None:
             return False
         self.rows.load(folder / ROWS_FILE)
+        if self.adapters:
+            self.adapters.load(folder / ADAPTER_FOLDER)
         self.loaded = True
         return True
 
