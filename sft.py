@@ -180,10 +180,10 @@ def fine_tune(
     init_rows(model, rows_to_fill, known_rows, flags.seed)
     if not flags.bits:  # which have come as they are to be
         model.to(args.device, compute_dtype(flags, base_dtype))  # before the rows are copied, which stay beside it
-    base = base_hash(model, min(tokenizer.convert_tokens_to_ids(tokens)))
 
     # ---- which train alone, or with everything else
     rows = freeze_llm(model, tokenizer.convert_tokens_to_ids(tokens), tokens) if flags.freeze_LLM else None
+    base = base_hash(model, min(tokenizer.convert_tokens_to_ids(tokens)))
     bits_before = frozen_bits(model, rows.ids) if rows and flags.bits else None
     adapters = Adapters(model, flags) if flags.lora_rank else None
     tell_what_trains(model, rows, adapters)

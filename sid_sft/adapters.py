@@ -50,11 +50,10 @@ class Adapters:
             lora_alpha=flags.lora_alpha,
             lora_dropout=0.0,
             target_modules="all-linear",
-            base_model_name_or_path=flags.base_model,
         )
         frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
-            with torch.random.fork_rng(), quiet():  # the same first values on every process, and whatever was drawn before
+            with quiet(), torch.random.fork_rng():  # the same first values on every process, and whatever was drawn before
                 torch.manual_seed(flags.seed)
                 self.wrapped = peft.get_peft_model(model, settings)
         except Exception as error:  # other people's code
@@ -67,6 +66,7 @@ class Adapters:
         for parameter, trains in frozen.items():
             parameter.requires_grad_(trains)  # peft freezes the SID rows' tables, too
         self.parameters: list[nn.Parameter] = [own for own in model.parameters() if own not in frozen]
+        self.base_model = flags.base_model
         self.rank, self.alpha, self.learning_rate = flags.lora_rank, flags.lora_alpha, flags.lora_learning_rate
 
     @property
@@ -80,11 +80,12 @@ class Adapters:
         return len(self.parameters) // 2  # A and B
 
     def save(self, folder: Path) -> None:
-        """Writes the adapters into a folder as peft does, with the layers' names in order."""
+        """Writes the adapters into a folder as peft does, with the layers' names in order and the base as it was given."""
         self.wrapped.save_pretrained(str(folder), save_embedding_layers=False)
         path = folder / CONFIG_FILE
         config = json.loads(path.read_text())
         config["target_modules"] = sorted(config["target_modules"])
+        config["base_model_name_or_path"] = self.base_model
         path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
     def load(self, folder: Path) -> None:
@@ -107,9 +108,9 @@ class Adapters:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """peft asks transformers for names that are on their way out, and a user hears of it."""
+    """peft warns of names of transformers that are on their way out, and of what it mends by itself."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         yield
 
 

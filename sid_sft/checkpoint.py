@@ -153,11 +153,17 @@ def load_base(flags: TrainFlags, device: torch.device) -> tuple[PreTrainedModel,
     from sid_sft.quantizing import make_trainable, quantized_settings, tell_quantized
 
     trust = flags.trust_remote_code
+    config = load_config(flags.base_model, trust_remote_code=trust)
+    if found := getattr(config, "quantization_config", None):
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        raise InputError(
+            f"--base_model {flags.base_model}: is quantized already ({cut(str(method))}); start from the unquantized model, "
+            "with --freeze_LLM True --load_in_4bit True where memory is short"
+        )
     if not flags.bits:
         model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=trust)
         return model, model.dtype
-    dtype = load_config(flags.base_model, trust_remote_code=trust).dtype
-    base_dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    base_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     settings = quantized_settings(flags.bits, dtype=compute_dtype(flags, base_dtype), device=device)
     model = load_model(flags.base_model, trust_remote_code=trust, quantized=settings)
     make_trainable(model)
@@ -298,6 +304,7 @@ def save_final(
         else:
             if adapters:
                 adapters.save(scratch / ADAPTER_FOLDER)
+                adapters.load(scratch / ADAPTER_FOLDER)  # refuses a file that does not hold all of them
                 adapters.take_out()
             final, digest = base_with_rows(flags, model, tokenizer, rows, bits_before)
             rows.save(scratch / ROWS_FILE, digest)

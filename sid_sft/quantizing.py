@@ -72,11 +72,15 @@ def stored_bytes(model: PreTrainedModel) -> int:
 def frozen_bits(model: PreTrainedModel, ids: Tensor) -> dict[str, str]:
     """The SHA-256 of every tensor of a model, of its tables without the SID rows; ids (M,): these rows."""
     tables = {weight.data_ptr() for weight in tables_of(model).values()}
-    found = {}
-    for name, value in parts_of(model.state_dict().items()):
+    values = model.state_dict()
+    found, seen = {}, set()
+    for name, value in parts_of(values.items()):
+        if value.data_ptr() in seen:  # tied: a second name of the same values
+            continue
+        seen.add(value.data_ptr())
         value = value.index_fill(0, ids, 0) if value.data_ptr() in tables else value
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        found[name] = hashlib.sha256(content.tobytes()).hexdigest()
+        found[name] = hashlib.sha256(content.data).hexdigest()
     return found
 
 

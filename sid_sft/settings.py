@@ -179,7 +179,7 @@ class TrainFlags:
         above(0, 100),
         if_unset="3e-4, with freeze_LLM 2.4 over the width of the model",
     )
-    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of the SID rows alone", from_to(0, 100))
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of what trains alone", from_to(0, 100))
     lr_scheduler_type: str = flag("cosine", "how the learning rate goes on from its peak", choices=SCHEDULES)
     warmup_steps: int = flag(20, "steps until the learning rate reaches its peak", at_least(0))
     group_by_length: bool = flag(False, "batches of similar length across the epoch (steps are sorted inside in any case)")

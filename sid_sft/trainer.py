@@ -2,7 +2,8 @@
 
 A step is the same set of examples on one process and on many. It is cut into micro-batches by task and length, which are
 dealt to the processes by cost; the loss is the mean over the step's supervised tokens on all processes, and gradients
-are summed over processes once, at the end of the step. In freeze mode only the SID rows' gradients exist and travel.
+are summed over processes once, at the end of the step. In freeze mode only the gradients of SID rows and adapters exist
+and travel.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def choose_forward(
 
 
 def attempt(
-    build: Callable[[], Forward], rows: SidRows | None, trial: Trial, adapters: Sequence[nn.Parameter]
+    build: Callable[[], Forward], rows: SidRows | None, trial: Trial, adapters: Sequence[nn.Parameter] = ()
 ) -> tuple[Forward | None, str, float]:
     """Builds and tries a forward: (forward, "", difference from the model's own loss), or (None, why not, difference).
 
