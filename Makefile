@@ -20,7 +20,7 @@ UPGRADE = --upgrade
 else ifeq ($(LIBRARIES),oldest)
 VENV ?= .venv-oldest
 BOUNDS = sed -nE 's/^([a-zA-Z0-9_-]+)>=([0-9.]+).*/\1==\2.*/p' requirements.txt rq/requirements.txt; \
-	sed -nE '/^(ruff|mypy|hypothesis|pytest|pytest-xdist|peft|vector-quantize-pytorch)==/p' requirements.lock
+	sed -nE '/^(ruff|mypy|hypothesis|pytest|pytest-xdist|peft|torchao|bitsandbytes|vector-quantize-pytorch)==/p' requirements.lock
 else
 $(error LIBRARIES is "$(LIBRARIES)"; expected pinned, newest or oldest)
 endif

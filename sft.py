@@ -20,6 +20,7 @@ from sid_sft.checkpoint import (
     apply_sid_rows,
     bytes_to_write,
     fit_cutoff,
+    load_base,
     load_model,
     load_tokenizer,
     model_positions,
@@ -39,7 +40,7 @@ from sid_sft.output_folder import STATE_FILE, OutputFolder
 from sid_sft.recommend.while_training import recommendation_evaluator
 from sid_sft.resuming import resume_point, what_decides
 from sid_sft.run_report import CURVES_FILE, REPORT_FILE, model_card, write_run_report
-from sid_sft.settings import CACHE_DIR, TrainFlags
+from sid_sft.settings import CACHE_DIR, TrainFlags, with_adapter_defaults
 from sid_sft.tasks import read_prompts
 from sid_sft.training_arguments import check_reports, check_schedule, compute_dtype, training_arguments
 from sid_sft.vocabulary import (
@@ -149,7 +150,9 @@ def fine_tune(
     import torch
     import transformers
 
+    from sid_sft.adapters import Adapters
     from sid_sft.forward.recompute import compute_again_in_backward
+    from sid_sft.quantizing import frozen_bits
     from sid_sft.sharding import shard
     from sid_sft.sid_rows import base_hash
     from sid_sft.trainer import SidTrainer
@@ -158,7 +161,7 @@ def fine_tune(
     check_reports(flags)
     transformers.set_seed(flags.seed)
     positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
-    flags = dataclasses.replace(flags, cutoff_len=fit_cutoff(flags.cutoff_len, positions))
+    flags = dataclasses.replace(with_adapter_defaults(flags), cutoff_len=fit_cutoff(flags.cutoff_len, positions))
 
     # ---- the SID tokens of the index become tokens of the tokenizer
     tokenizer = load_tokenizer(flags.base_model, trust_remote_code=flags.trust_remote_code)
@@ -172,10 +175,9 @@ def fine_tune(
     # ---- and rows of the model
     args = training_arguments(flags)
     check_schedule(args, len(train_data))
-    model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=flags.trust_remote_code)
+    model, base_dtype = load_base(flags, args.device)
     if not flags.fsdp:
         check_finite(model, f"--base_model {flags.base_model}")
-    base_dtype = model.dtype
     known_rows = min(known_tokens, len(model.get_input_embeddings().weight))
     rows_to_fill = ids_to_fill(model, tokenizer, tokens, new_ids)
     grow_embeddings(model, vocabulary_size(tokenizer))
@@ -184,14 +186,17 @@ def fine_tune(
     if flags.fsdp:
         shard(model, args.device, dtype, keep_tables=flags.freeze_LLM)
         check_finite(model, f"--base_model {flags.base_model}")  # only now: each process looks at its own rows
-    else:
+    elif not flags.bits:  # which have come as they are to be
         model.to(args.device, dtype)
     if flags.gradient_checkpointing:
         compute_again_in_backward(model)
 
     # ---- which train alone, or with everything else
     rows = freeze_llm(model, tokenizer.convert_tokens_to_ids(tokens), tokens) if flags.freeze_LLM else None
-    tell_what_trains(model, rows)
+    base = base_hash(model, min(tokenizer.convert_tokens_to_ids(tokens)))
+    bits_before = frozen_bits(model, rows.ids) if rows and flags.bits else None
+    adapters = Adapters(model, flags) if flags.lora_rank else None
+    tell_what_trains(model, rows, adapters)
     if rows and flags.learning_rate is None:
         args.learning_rate = rows_learning_rate(model)
     flags = dataclasses.replace(flags, learning_rate=args.learning_rate)  # for the model card
@@ -202,8 +207,7 @@ def fine_tune(
         return
 
     if rank() == 0:
-        outputs.check_room(*bytes_to_write(model, rows, base_dtype))
-    base = base_hash(model, min(tokenizer.convert_tokens_to_ids(tokens)))
+        outputs.check_room(*bytes_to_write(model, rows, base_dtype, adapters))
     resumed, decides = resume_point(flags, lambda: what_decides(flags, base, tokens))
     trainer = SidTrainer(
         model=model,
@@ -212,6 +216,7 @@ def fine_tune(
         eval_dataset=eval_data,
         processing_class=tokenizer,
         rows=rows,
+        adapters=adapters,
         base_hash=base,
         micro_batch_size=flags.micro_batch_size,
         auto_micro_batch=flags.auto_micro_batch,
@@ -230,10 +235,10 @@ def fine_tune(
     trainer.log_speed(started)
     if rank() == 0:
         trainer.save_state()
-        write_run_report(flags, trainer.state, trainer.model, rows)
+        write_run_report(flags, trainer.state, trainer.model, rows, adapters)
     if rank() == 0 or flags.fsdp:
         card = model_card(flags, trainer.state, wording)
-        save_final(flags, trainer.model, tokenizer, rows, wording, base_dtype, card)
+        save_final(flags, trainer.model, tokenizer, rows, wording, base_dtype, card, adapters, bits_before)
     if rank() == 0:
         logger.info(f"The report of the run is {Path(flags.output_dir) / REPORT_FILE}")
         if flags.push_to_hub:

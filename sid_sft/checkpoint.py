@@ -7,12 +7,13 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sid_sft.catalogue import Catalogue
 from sid_sft.command_line import rank
 from sid_sft.files import LONGEST_PATH, InputError, cut, error_text, read_json, shown
 from sid_sft.tasks import TASK_GROUPS, category_name, check_prompts
+from sid_sft.training_arguments import compute_dtype
 from sid_sft.vocabulary import add_sid_tokens, grow_embeddings, vocabulary_size
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from sid_sft.adapters import Adapters
     from sid_sft.settings import TrainFlags
     from sid_sft.sid_rows import SidRows
 
@@ -118,8 +120,11 @@ def beams_beyond(catalogue: Catalogue) -> int:
     return max(max(depths) - min(depths) - 1, 0)
 
 
-def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a folder or hub name in the dtype of its files, or with random weights of its shape.
+def load_model(
+    base_model: str, *, from_scratch: bool = False, trust_remote_code: bool, quantized: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The model of a folder or hub name in the dtype of its files, or with random weights of its shape. quantized: see
+    quantized_settings.
 
     InputError where the files lack a weight, which would be random, or hold one that the model has no place for.
     """
@@ -133,13 +138,38 @@ def load_model(base_model: str, *, from_scratch: bool = False, trust_remote_code
             return model.to(config.dtype or model.dtype)
         model, found = AutoModelForCausalLM.from_pretrained(
             base_model,
-            dtype="auto",
+            **(quantized or {"dtype": "auto"}),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
         )
     check_weights(base_model, found)
     return model
+
+
+def load_base(flags: TrainFlags, device: torch.device) -> tuple[PreTrainedModel, torch.dtype]:
+    """The base model of a run and the dtype of its files; quantized, and on the device, where the flags ask for that."""
+    import torch
+
+    from sid_sft.quantizing import make_trainable, quantized_settings, tell_quantized
+
+    trust = flags.trust_remote_code
+    config = load_config(flags.base_model, trust_remote_code=trust)
+    if found := getattr(config, "quantization_config", None):
+        method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+        raise InputError(
+            f"--base_model {flags.base_model}: is quantized already ({cut(str(method))}); start from the unquantized model, "
+            "with --freeze_LLM True --load_in_4bit True where memory is short"
+        )
+    if not flags.bits:
+        model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=trust)
+        return model, model.dtype
+    base_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    settings = quantized_settings(flags.bits, dtype=compute_dtype(flags, base_dtype), device=device)
+    model = load_model(flags.base_model, trust_remote_code=trust, quantized=settings)
+    make_trainable(model)
+    tell_quantized(model, flags.bits, base_dtype)
+    return model, base_dtype
 
 
 @contextlib.contextmanager
@@ -236,13 +266,16 @@ def apply_sid_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
             weight[saved.ids] = saved.rows[name].to(weight)
 
 
-def bytes_to_write(model: PreTrainedModel, rows: SidRows | None, base_dtype: torch.dtype) -> tuple[int, int]:
-    """How many bytes one checkpoint of a run and its final model take, but for small files. rows: all that trains, or None.
+def bytes_to_write(
+    model: PreTrainedModel, rows: SidRows | None, base_dtype: torch.dtype, adapters: Adapters | None = None
+) -> tuple[int, int]:
+    """How many bytes one checkpoint of a run and its final model take, but for small files. rows, adapters: all that trains,
+    or None.
 
-    A checkpoint has what trains in float32 (in freeze mode twice, as rows and as masters), and two moments of it.
+    A checkpoint has what trains in float32 (the rows twice, as rows and as masters), and two moments of it.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return (12 * total if rows is None else 16 * rows.numbers), total * base_dtype.itemsize
+    total, beside = model.num_parameters(), adapters.numbers if adapters else 0
+    return (12 * total if rows is None else 16 * rows.numbers + 12 * beside), total * base_dtype.itemsize + 4 * beside
 
 
 def save_final(
@@ -253,13 +286,17 @@ def save_final(
     wording: dict[str, str],
     base_dtype: torch.dtype,
     card: str,
+    adapters: Adapters | None = None,
+    bits_before: dict[str, str] | None = None,
 ) -> None:
-    """Writes output_dir/final_checkpoint: a plain HF folder in the base model's dtype, with the wording beside it.
+    """Writes output_dir/final_checkpoint: a plain HF folder in the base model's dtype, with the wording beside it. Adapters
+    are merged into it, and stand beside it as peft reads them. bits_before: frozen_bits of a quantized base.
 
     Nothing unproven is left there: the base that a frozen model came from is loaded again and compared value by value, only
     its SID rows are set, and the folder is loaded once more and compared with the trained model. Every process that has a
     part of the model must call; rank 0 writes.
     """
+    from sid_sft.adapters import ADAPTER_FOLDER, merged
     from sid_sft.sharding import cast, folder_of_all, save_whole
     from sid_sft.sid_rows import ROWS_FILE
 
@@ -268,9 +305,17 @@ def save_final(
         if rows is None:
             final = cast(model, base_dtype)
         else:
-            final, digest = base_with_rows(flags, model, tokenizer, rows)
+            if adapters:
+                adapters.save(scratch / ADAPTER_FOLDER)
+                adapters.load(scratch / ADAPTER_FOLDER)  # refuses a file that does not hold all of them
+                adapters.take_out()
+            final, digest = base_with_rows(flags, model, tokenizer, rows, bits_before)
             if rank() == 0:
                 rows.save(scratch / ROWS_FILE, digest)
+        if adapters:
+            final = merged(final, scratch / ADAPTER_FOLDER)
+        if adapters or bits_before:
+            model = final  # what the saved folder must be equal to: the trained model has other numbers in its layers
         final.config.pad_token_id = tokenizer.pad_token_id
         trust = flags.trust_remote_code
         final.generation_config = plain_generation(flags.base_model, tokenizer, trust_remote_code=trust)
@@ -309,19 +354,29 @@ def plain_generation(base_model: str, tokenizer: PreTrainedTokenizerBase, *, tru
 
 
 def base_with_rows(
-    flags: TrainFlags, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: SidRows
+    flags: TrainFlags,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: SidRows,
+    bits_before: dict[str, str] | None,
 ) -> tuple[PreTrainedModel, str]:
     """The base model, loaded again, with the trained SID rows, and its hash before; proves that no frozen value moved."""
     from sid_sft.forward.architecture import tables_of
+    from sid_sft.quantizing import differing_bits, frozen_bits
     from sid_sft.sharding import shard_like
     from sid_sft.sid_rows import base_hash, differing_values
 
     base = load_model(flags.base_model, from_scratch=False, trust_remote_code=flags.trust_remote_code)
-    changed = sum(differing_values(model, base, rows.ids).values())
-    logger.info(f"frozen values changed: {changed}")
+    if bits_before is None:
+        changed = sum(differing_values(model, base, rows.ids).values())
+        logger.info(f"frozen values changed: {changed}")
+    else:
+        changed = len(differing_bits(bits_before, frozen_bits(model, rows.ids)))
+        logger.info(f"frozen values changed: {changed} ({len(bits_before)} tensors of the quantized base, by SHA-256)")
     if changed:
         raise InputError(f"{changed} frozen values changed in training; no final_checkpoint was written")
-    digest = base_hash(model, int(rows.ids[0]))  # of the model, whose frozen values are the base's
+    # What the model has of the base is the base's own, and sharded; a quantized one has other numbers.
+    digest = base_hash(model if bits_before is None else base, int(rows.ids[0]))
     sizes = {name: len(weight) for name, weight in tables_of(base).items()}
     grow_embeddings(base, vocabulary_size(tokenizer))
     trained, tables = tables_of(model), tables_of(base)

@@ -233,6 +233,10 @@ def help_lines(record: type) -> str:
     )
 
 
+# Loggers that tell at every start, where the library is merely installed, which fast kernels this machine has no use for.
+OPTIONAL_KERNELS = ("bitsandbytes", "torchao", "torch.utils._pytree")
+
+
 def run(function: Callable[..., None], arguments: list[str], *, program: str) -> int:
     """Runs a command line; returns the exit code. What a user can mend ends in one line, which rank 0 writes.
 
@@ -243,6 +247,8 @@ def run(function: Callable[..., None], arguments: list[str], *, program: str) ->
     handler.setFormatter(PlainLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("sft").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+    for library in OPTIONAL_KERNELS:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         if {"--help", "-h"} & set(arguments):
             fire.Fire(function, command=["--help"], name=program)  # shows the help and exits

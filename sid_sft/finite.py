@@ -24,9 +24,10 @@ def broken_weights(model: PreTrainedModel) -> dict[str, int]:
 
     Of a model that is sharded each process looks at its own rows, and all processes get the sums.
     """
+    from sid_sft.forward.architecture import parts_of
     from sid_sft.sharding import counts_of_all, local
 
-    weights = {name: local(weight.detach()) for name, weight in model.named_parameters()}
+    weights = {name: local(weight.detach()) for name, weight in parts_of(model.named_parameters())}
     # A sum is not finite if a term is not: a pass without a copy. Finite terms may overflow; then they are counted.
     suspects = {name: weight for name, weight in weights.items() if not weight.sum().isfinite()}
     found = {name: int((~weight.isfinite()).sum()) for name, weight in suspects.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from sid_sft.command_line import LARGEST, suggestion, world_size
@@ -21,6 +22,7 @@ from sid_sft.settings import CACHE_DIR, CHANGEABLE, EvaluateFlags, TrainFlags, a
 from sid_sft.tasks import TASK_GROUPS, TASKS
 
 ACCELERATE_FSDP = "ACCELERATE_USE_FSDP"  # set by `accelerate launch` with a configuration for FSDP
+NEEDED = {"lora_rank": "peft", "load_in_8bit": "torchao", "load_in_4bit": "bitsandbytes"}  # flag -> optional library
 
 
 def check_training(flags: TrainFlags) -> None:
@@ -32,6 +34,7 @@ def check_training(flags: TrainFlags) -> None:
     check_places(flags)
     check_resuming(flags)
     check_distribution(flags)
+    check_freezing(flags)
 
 
 def check_batch(flags: TrainFlags) -> None:
@@ -155,6 +158,9 @@ def check_distribution(flags: TrainFlags) -> None:
         )
     if world_size() == 1:
         raise InputError("--fsdp True shards the model over processes, and this is one; start several with torchrun")
+    for name in NEEDED:
+        if getattr(flags, name):
+            raise InputError(f"--{name} cannot go with --fsdp True, which shards a plain model; leave one of the two out")
     if flags.auto_micro_batch:
         raise InputError(
             "--auto_micro_batch True cannot compute a step again with --fsdp True, where all processes compute it together; "
@@ -172,6 +178,25 @@ def takes_over_from_accelerate(flags: TrainFlags) -> TrainFlags:
         return flags
     os.environ[ACCELERATE_FSDP] = "false"
     return dataclasses.replace(flags, fsdp=True)
+
+
+def check_freezing(flags: TrainFlags) -> None:
+    """Refuses what is for freeze mode alone, and what needs a library that is not there."""
+    for name in ("lora_alpha", "lora_learning_rate"):
+        if getattr(flags, name) is not None and not flags.lora_rank:
+            raise InputError(f"--{name} needs --lora_rank, the rank of the adapters")
+    if flags.load_in_8bit and flags.load_in_4bit:
+        raise InputError("--load_in_8bit and --load_in_4bit are two ways to hold one model; choose one")
+    for name, library in NEEDED.items():
+        if not getattr(flags, name):
+            continue
+        given = f"--{name} {getattr(flags, name)}"
+        if not flags.freeze_LLM:
+            raise InputError(
+                f"{given} is for --freeze_LLM True, which it needs; without it every number of the model trains"
+            )
+        if find_spec(library) is None:
+            raise InputError(f"{given} needs {library}, which is not installed; pip install {library}")
 
 
 def check_evaluating(flags: EvaluateFlags) -> None:

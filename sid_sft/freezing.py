@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from sid_sft.adapters import Adapters
     from sid_sft.sid_rows import SidRows
 
 logger = logging.getLogger("sft.freezing")
@@ -16,9 +17,9 @@ FREEZE_REACH = 2.4  # freeze mode's default learning rate x width: an AdamW step
 # rate, and so a logit, a sum over the width, by about rate x width; the best of those tried at widths 256 and 576
 
 
-def tell_what_trains(model: PreTrainedModel, rows: SidRows | None) -> None:
-    """Logs how many numbers train: the SID rows of each table, or all parameters where rows is None."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+def tell_what_trains(model: PreTrainedModel, rows: SidRows | None, adapters: Adapters | None = None) -> None:
+    """Logs how many numbers train: the SID rows of each table and adapters, or all parameters where rows is None."""
+    total = model.num_parameters()
     if rows is None:
         logger.info(f"Trainable parameters: {total:,} / {total:,} (100%)")
         return
@@ -26,12 +27,18 @@ def tell_what_trains(model: PreTrainedModel, rows: SidRows | None) -> None:
     logger.info(f"Unfrozen {count} new token embeddings (indices {low} to {high})")
     if len(rows.tables) > 1:
         logger.info(f"Unfrozen {count} output-head rows (indices {low} to {high}): the head is not tied")
-    share = 100 * rows.numbers / total
-    logger.info(f"Trainable parameters (with grad-mask): {rows.numbers:,} / {total:,} ({share:.4f}%)")
+    numbers = rows.numbers + (adapters.numbers if adapters else 0)
+    logger.info(f"Trainable parameters (with grad-mask): {numbers:,} / {total:,} ({100 * numbers / total:.4f}%)")
+    if adapters:
+        logger.info(
+            f"Of these {rows.numbers:,} in SID rows and {adapters.numbers:,} in LoRA adapters of {adapters.layers} layers "
+            f"(rank {adapters.rank}, alpha {adapters.alpha})"
+        )
     tables, width = len(rows.tables), rows.masters[0].shape[1]
-    state_mb = 3 * sum(master.numel() * master.element_size() for master in rows.masters) / 1e6
+    trained = [*rows.masters, *(adapters.parameters if adapters else [])]
+    state_mb = 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained) / 1e6
     logger.info(
-        f"That is {count} rows x {width} wide x {tables} table{'s' * (tables > 1)}; "
+        f"{'SID rows:' if adapters else 'That is'} {count} rows x {width} wide x {tables} table{'s' * (tables > 1)}; "
         f"the optimizer holds {state_mb:.1f} MB (master copy and two moments)"
     )
 

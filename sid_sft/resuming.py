@@ -198,8 +198,12 @@ def what_decides(flags: TrainFlags, base: str, tokens: list[str]) -> dict[str, A
     """
     evaluating, saving = intervals(flags)
     resolved = {
+        "load_in_8bit": flags.load_in_8bit,  # before the base, whose hash follows from it
+        "load_in_4bit": flags.load_in_4bit,
         "base_model": base,
         "freeze_LLM": flags.freeze_LLM,
+        "lora_rank": flags.lora_rank,
+        "lora_alpha": flags.lora_alpha,
         "train_from_scratch": flags.train_from_scratch,
         "SID tokens": content_hash(tokens),
         "tasks": ",".join(flags.task_names),

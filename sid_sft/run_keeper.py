@@ -96,8 +96,9 @@ class RunKeeper(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.resumed is None:
             return
+        state.compute_steps(args, state.max_steps)  # the Trainer goes on with the checkpoint's intervals
         self.find_best_checkpoint(state)
-        if {"learning_rate", "weight_decay"} & set(self.resumed.changed):
+        if {"learning_rate", "lora_learning_rate", "weight_decay"} & set(self.resumed.changed):
             self.take_new_rates()
         if self.resumed.log["evaluation_is_due"]:
             metrics = self.trainer.evaluate()

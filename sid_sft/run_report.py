@@ -25,6 +25,7 @@ from sid_sft.tasks import TASKS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerState
 
+    from sid_sft.adapters import Adapters
     from sid_sft.sid_rows import SidRows
 
 REPORT_FILE, CURVES_FILE = "report.md", "curves.png"
@@ -34,17 +35,21 @@ EVALUATED = {"eval_loss": "loss", "eval_hr@10": "HR@10", "eval_ndcg@10": "NDCG@1
 Log = list[dict[str, Any]]
 
 
-def write_run_report(flags: TrainFlags, state: TrainerState, model: PreTrainedModel, rows: SidRows | None) -> None:
-    """Writes report.md and curves.png to output_dir. flags: those of sft.py; rows: what freeze mode trained."""
+def write_run_report(
+    flags: TrainFlags, state: TrainerState, model: PreTrainedModel, rows: SidRows | None, adapters: Adapters | None = None
+) -> None:
+    """Writes report.md and curves.png to output_dir. flags: those of sft.py; rows, adapters: what freeze mode trained."""
     folder = Path(flags.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw_curves(folder / CURVES_FILE, state.log_history)
+    beside = " and LoRA adapters" if adapters else ""
+    what = f"SID rows{beside} of a frozen" if flags.freeze_LLM else "all of"
     sections = [
-        f"# Training run: {'SID rows of a frozen' if flags.freeze_LLM else 'all of'} {Path(flags.base_model).name}",
+        f"# Training run: {what} {Path(flags.base_model).name}",
         result_text(state, flags.metric_for_best_model),
         f"![Curves of the run]({CURVES_FILE})" if drawn else "Nothing was logged that could be drawn.",
         evaluations_table(state),
-        "## What trained\n\n" + trained_table(model, rows),
+        "## What trained\n\n" + trained_table(model, rows, adapters),
         f"## Command\n\n```\n{command_line()}\n```",
         "## Inputs\n\n" + inputs_table(flags),
         "## Made with\n\n" + versions_table(),
@@ -87,9 +92,9 @@ def evaluations_table(state: TrainerState) -> str:
     return "## Evaluations\n\n" + markdown_table(["step", "epoch", *keys.values()], lines)
 
 
-def trained_table(model: PreTrainedModel, rows: SidRows | None) -> str:
-    """What of the model trains: in freeze mode the SID rows of each table, otherwise all of it."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+def trained_table(model: PreTrainedModel, rows: SidRows | None, adapters: Adapters | None) -> str:
+    """What of the model trains: in freeze mode the SID rows of each table and the adapters, otherwise all of it."""
+    total = model.num_parameters()
     if rows is None:
         parts = [("all parameters", "", total)]
     else:
@@ -102,6 +107,8 @@ def trained_table(model: PreTrainedModel, rows: SidRows | None) -> str:
             )
             for table in rows.tables
         ]
+    if adapters:
+        parts.append((f"LoRA adapters of {adapters.layers} layers", f"rank {adapters.rank}", adapters.numbers))
     lines = [[name, shape, f"{count:,}", f"{100 * count / total:.4f} %"] for name, shape, count in parts]
     trained = sum(count for _, _, count in parts)
     lines.append(["frozen", "", f"{total - trained:,}", f"{100 * (total - trained) / total:.4f} %"])
@@ -239,6 +246,22 @@ FROZEN = """Only the rows of the SID tokens were trained, in the embedding and i
 every other number is the base model's. `sid_rows.safetensors` holds those rows alone."""
 
 
+ADAPTED = """The rows of the SID tokens were trained, in the embedding and in the output head where it is not tied, and LoRA
+adapters of rank {rank} (alpha {alpha}, peak learning rate {learning_rate:g}) in the layers, which are merged into the
+weights here. `sid_rows.safetensors` and `adapter/`, for peft, hold rows and adapters alone."""
+QUANTIZED = "\nWhile they trained, the base was held in {bits} bits; here it has its own numbers."
+
+
+def how_it_trained(flags: TrainFlags) -> str:
+    """What was trained, for the model card."""
+    if not flags.freeze_LLM:
+        return "All parameters were trained."
+    text = FROZEN
+    if flags.lora_rank:
+        text = ADAPTED.format(rank=flags.lora_rank, alpha=flags.lora_alpha, learning_rate=flags.lora_learning_rate)
+    return text + (QUANTIZED.format(bits=flags.bits) if flags.bits else "")
+
+
 def model_card(flags: TrainFlags, state: TrainerState, wording: dict[str, str]) -> str:
     """The README.md of final_checkpoint/ as the Hugging Face hub reads it.
 
@@ -258,7 +281,7 @@ def model_card(flags: TrainFlags, state: TrainerState, wording: dict[str, str]) 
         batch_size=examples_per_step(flags),
         learning_rate=flags.learning_rate,
         seed=flags.seed,
-        how=FROZEN if flags.freeze_LLM else "All parameters were trained.",
+        how=how_it_trained(flags),
         reached=f"Last evaluation: {reached}.\n" if reached else "",
         prompts=json.dumps(templates, indent=1, ensure_ascii=False),
     )

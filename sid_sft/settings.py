@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS
 
 FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told; on what evidence: results/freeze_learning.md
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
+ADAPTER_LEARNING_RATE = 1e-3  # of LoRA adapters; on what evidence: results/lora.md
 CACHE_DIR = "~/.cache/sid-sft"
 ANSWERS_FILE = "recommendations.jsonl"
 STEPS_SHARE = 0.05  # of a run, between two evaluations and checkpoints: twenty of them
@@ -42,8 +44,8 @@ BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
 CHANGEABLE = (
     "train_file", "eval_file", "sid_index_path", "item_meta_path", "preference_file", "category", "tasks", "prompts",
     "chat_template", "sample", "eval_sample", "eval_recommendation", "metric_for_best_model", "cutoff_len", "num_epochs",
-    "max_steps", "batch_size", "learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps", "group_by_length",
-    "group_users", "seed", "bf16", "eval_steps", "save_steps", "early_stopping_patience",
+    "max_steps", "batch_size", "learning_rate", "lora_learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps",
+    "group_by_length", "group_users", "seed", "bf16", "eval_steps", "save_steps", "early_stopping_patience",
 )
 # fmt: on
 SCHEDULES = (  # those of transformers that need no further arguments
@@ -145,6 +147,21 @@ class TrainFlags:
     frozen_prefix: bool = flag(
         True, "in freeze mode, compute what no SID can change once and without gradients; the same result, faster"
     )
+    lora_rank: int = flag(
+        0, "in freeze mode, rank of LoRA adapters that train beside the SID rows; 0 for none", from_to(0, 1024)
+    )
+    lora_alpha: int | None = flag(
+        None, "an adapter counts lora_alpha / lora_rank times", from_to(1, 100_000), if_unset="2 x lora_rank"
+    )
+    lora_learning_rate: float | None = flag(
+        None, "peak learning rate of the adapters", above(0, 100), if_unset=f"{ADAPTER_LEARNING_RATE:g}"
+    )
+    load_in_8bit: bool = flag(
+        False, "in freeze mode, train against the base in int8 (torchao); final_checkpoint/ keeps the base's own numbers"
+    )
+    load_in_4bit: bool = flag(
+        False, "in freeze mode, train against the base in nf4 (bitsandbytes); final_checkpoint/ keeps the base's own numbers"
+    )
     train_from_scratch: bool = flag(False, "random weights of the base model's shape")
 
     # ---- how it trains
@@ -173,7 +190,7 @@ class TrainFlags:
         above(0, 100),
         if_unset="3e-4, with freeze_LLM 2.4 over the width of the model",
     )
-    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of the SID rows alone", from_to(0, 100))
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of what trains alone", from_to(0, 100))
     lr_scheduler_type: str = flag("cosine", "how the learning rate goes on from its peak", choices=SCHEDULES)
     warmup_steps: int = flag(20, "steps until the learning rate reaches its peak", at_least(0))
     group_by_length: bool = flag(False, "batches of similar length across the epoch (steps are sorted inside in any case)")
@@ -227,6 +244,11 @@ class TrainFlags:
     check: bool = flag(
         False, "read everything, show one example per task and what would train, then stop; nothing is written"
     )
+
+    @property
+    def bits(self) -> int:
+        """In how many bits the frozen base is held; 0 where it is not quantized."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 0
 
     @property
     def task_names(self) -> list[str]:
@@ -312,6 +334,17 @@ class EvaluateFlags:
 
 
 # ---------------------------------------------------------------------------------------------- what follows from flags
+
+
+def with_adapter_defaults(flags: TrainFlags) -> TrainFlags:
+    """The flags with what --lora_rank implies: alpha 2 x rank and ADAPTER_LEARNING_RATE where neither is given."""
+    if not flags.lora_rank:
+        return flags
+    return dataclasses.replace(
+        flags,
+        lora_alpha=flags.lora_alpha or 2 * flags.lora_rank,
+        lora_learning_rate=flags.lora_learning_rate or ADAPTER_LEARNING_RATE,
+    )
 
 
 class Intervals(NamedTuple):

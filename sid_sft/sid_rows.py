@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sid_sft.files import InputError, cut, error_text, shown
-from sid_sft.forward.architecture import TABLES, tables_of
+from sid_sft.forward.architecture import TABLES, parts_of, tables_of
 from sid_sft.sharding import counts_of_all, local, own_rows, whole
 
 ROWS_FILE = "sid_rows.safetensors"
@@ -111,15 +112,19 @@ class SidRows:
 
 
 class SidRowAdamW(torch.optim.AdamW):
-    """AdamW over the masters of SidRows; a step ends with the rows written into the model.
+    """AdamW over the masters of SidRows, and over adapters at a rate of their own; a step ends with the rows written into
+    the model.
 
     Its state_dict carries the masters beside the moments, so a resumed run continues from the float32 numbers.
     """
 
-    def __init__(self, rows: SidRows, **settings) -> None:
+    def __init__(self, rows: SidRows, *, adapters: Sequence[nn.Parameter] = (), adapter_lr: float = 0.0, **settings) -> None:
         self.rows = rows
         fused = rows.ids.device.type in ("cpu", "cuda")
-        super().__init__(rows.masters, fused=fused, **settings)
+        groups: list[dict] = [{"params": rows.masters}]
+        if adapters:
+            groups.append({"params": list(adapters), "lr": adapter_lr})
+        super().__init__(groups, fused=fused, **settings)
 
     def step(self, closure=None):
         self.rows.collect_gradients()
@@ -204,7 +209,7 @@ def base_hash(model: PreTrainedModel, first_row: int) -> str:
     """
     digest = hashlib.sha256()
     tables = {id(weight) for weight in tables_of(model).values()}
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(parts_of(model.named_parameters())):
         values = whole(weight)
         values = (values[:first_row] if id(weight) in tables else values).flatten()
         places = torch.linspace(0, len(values) - 1, min(HASHED_VALUES, len(values)), dtype=torch.float64).long()

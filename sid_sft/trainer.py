@@ -2,8 +2,9 @@
 
 A step is the same set of examples on one process and on many. It is cut into micro-batches by task and length, which are
 dealt to the processes by cost; the loss is the mean over the step's supervised tokens on all processes, and gradients
-are summed over processes once, at the end of the step. In freeze mode only the SID rows' gradients exist and travel. A model
-that is sharded and trains whole has its gradients summed in each micro-batch, so that no process ever holds all of them.
+are summed over processes once, at the end of the step. In freeze mode only the gradients of SID rows and adapters exist
+and travel. A model that is sharded and trains whole has its gradients summed in each micro-batch, so that no process ever
+holds all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import align_special_tokens
 
+from sid_sft.adapters import ADAPTER_FOLDER, Adapters
 from sid_sft.faults import fitted
 from sid_sft.files import FaultHere, InputError, follow_umask
 from sid_sft.forward.choose import Forward, agreed, choose_forward
@@ -57,7 +59,7 @@ class PutOff(Exception):
 
 
 class SidTrainer(ResumesFromOwnFiles, Trainer):
-    """Trains the whole model, which may be sharded, or with `rows` the SID rows alone.
+    """Trains the whole model, which may be sharded, or with `rows` the SID rows alone, and with `adapters` those too.
 
     The Trainer clips the gradients of the model, saves it and loads it; the rows' masters are no parameters of the model,
     so here they are clipped, saved and loaded. What the Trainer is relied on for is checked before the first step.
@@ -67,6 +69,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self,
         *,
         rows: SidRows | None,
+        adapters: Adapters | None,
         base_hash: str,
         micro_batch_size: int,
         auto_micro_batch: bool,
@@ -84,6 +87,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     ) -> None:
         super().__init__(**settings)
         self.rows, self.base_hash, self.micro_batch_size = rows, base_hash, micro_batch_size
+        self.adapters, self.beside = adapters, adapters.parameters if adapters else []
         self.auto_micro_batch = auto_micro_batch
         self.sharded = is_sharded(self.model)
         self.own_files = self.sharded or rows is not None  # whether checkpoints hold other files than the Trainer's
@@ -109,6 +113,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
                 rows,
                 examples,
                 self.micro_batch_size,
+                adapters=self.beside,
                 frozen_prefix=frozen_prefix,
                 cache_bytes=cache_bytes,
                 cache_place=cache_place,
@@ -150,7 +155,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.bad_step = torch.where(total.isfinite(), self.bad_step, self.bad_step.clamp(max=step))
         self.sum_gradients()
         if self.rows is not None:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.rows.masters, self.max_norm)
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.trained(), self.max_norm)
         self.sums.add(
             by_task,
             self.labels_per_task(inputs),
@@ -223,7 +228,7 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that the optimizer steps."""
         if self.rows is not None:
-            return self.rows.masters
+            return [*self.rows.masters, *self.beside]
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def sum_gradients(self) -> None:
@@ -251,6 +256,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             args = self.args
             self.optimizer = SidRowAdamW(
                 self.rows,
+                adapters=self.beside,
+                adapter_lr=self.adapters.learning_rate if self.adapters else 0.0,
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
@@ -404,7 +411,8 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self.stop_unless_finite(weights=True)
 
     def save_model(self, output_dir: str | None = None, **settings) -> None:
-        """Writes the weights of a checkpoint: in freeze mode the rows alone, of a sharded model what each process holds."""
+        """Writes the weights of a checkpoint: in freeze mode rows and adapters alone; otherwise all of the model, or of a
+        sharded one what each process holds."""
         self.stop_unless_finite(weights=True)
         if self.sharded and self.rows is None:
             save_shard(Path(output_dir or self.args.output_dir), self.model, self.optimizer)
@@ -416,11 +424,17 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.rows.save(folder / ROWS_FILE, self.base_hash)
+            if self.adapters:
+                self.adapters.save(folder / ADAPTER_FOLDER)
+                follow_umask(folder)
 
     def load_weights(self, folder: Path) -> bool:
-        """Loads the rows of a checkpoint, or of a sharded model what each process holds; otherwise nothing, and says so."""
+        """Loads the rows and adapters of a checkpoint, or of a sharded model what each process holds; otherwise nothing, and
+        says so."""
         if self.rows is not None:
             self.rows.load(folder / ROWS_FILE)
+            if self.adapters:
+                self.adapters.load(folder / ADAPTER_FOLDER)
         elif self.sharded:
             load_weights(folder, self.model)
         self.loaded = self.own_files

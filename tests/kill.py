@@ -141,8 +141,9 @@ def end_of(folder: Path) -> dict[str, Any]:
     state = json.loads((folder / "trainer_state.json").read_text())
     log = [{key: value for key, value in entry.items() if not TIMES.search(key)} for entry in state["log_history"]]
     kept = {"log": log, "best": (state["best_metric"], state["best_global_step"]), "step": state["global_step"]}
-    for path in sorted((folder / "final_checkpoint").iterdir()):
-        kept[path.name] = path.read_bytes()
+    for path in sorted((folder / "final_checkpoint").rglob("*")):
+        if path.is_file():
+            kept[str(path.relative_to(folder))] = path.read_bytes()
     return kept
 
 

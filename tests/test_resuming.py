@@ -287,12 +287,25 @@ def test_an_allowed_rate_and_weight_decay_are_those_that_train(freeze, flags, tm
     assert "peak learning rate 0.004" in (tmp_path / "run" / "final_checkpoint" / "README.md").read_text()
 
 
+def test_a_resumed_run_evaluates_saves_and_logs_when_its_own_flags_say(flags, tmp_path, caplog):
+    run(flags(**{**SHORT, "max_steps": 8, "eval_steps": 4, "save_steps": 4}), caplog)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
+    other = {"max_steps": 8, "eval_steps": 1, "save_steps": 2, "logging_steps": 2}
+    run(flags(**{**SHORT, **other}, resume_from_checkpoint=True, allow_changed="eval_steps,save_steps"), caplog)
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [4, 5, 6, 7, 8]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 6, 8]
+    assert {"checkpoint-6", "checkpoint-8"} & {path.name for path in (tmp_path / "run").iterdir()}
+
+
 def test_every_flag_decides_a_run_or_is_known_not_to(flags, tmp_path):
     names = {field.name for field in dataclasses.fields(TrainFlags)}
     decides = set(what_decides(TrainFlags(base_model="x", output_dir="y", sid_index_path=__file__), "base", ["<a_0>"]))
     assert decides - {"SID tokens"} | set(WITHOUT_EFFECT.split()) == names
     assert not decides & set(WITHOUT_EFFECT.split())
-    assert set(CHANGEABLE) == decides - {"SID tokens", "base_model", "freeze_LLM", "train_from_scratch", "fsdp"}
+    fixed = {"SID tokens", "base_model", "freeze_LLM", "train_from_scratch", "fsdp"}
+    fixed |= {"lora_rank", "lora_alpha", "load_in_8bit", "load_in_4bit"}
+    assert set(CHANGEABLE) == decides - fixed
 
 
 # ---------------------------------------------------------------------------------------------- the end of a run

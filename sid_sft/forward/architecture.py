@@ -9,10 +9,12 @@ Shapes: B sequences, S tokens, P cached tokens, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -30,6 +32,16 @@ def own_logits(model: PreTrainedModel, inputs: Tensor, *, last: int = 0) -> Tens
     wanted = {"use_cache": False, "logits_to_keep": last}
     logits = model(input_ids=inputs, **{name: value for name, value in wanted.items() if name in accepted}).logits
     return logits[:, -last:]
+
+
+def parts_of(values: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors with one that is made of others, as torchao's quantized weights are, taken apart: "q_proj.weight" ->
+    "q_proj.weight.qdata" and "q_proj.weight.scale"."""
+    for name, value in values:
+        if hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
+            yield from ((f"{name}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0])
+        else:
+            yield name, value
 
 
 TABLES = ("embedding", "layer_inputs", "head")  # what `tables_of` may find

@@ -10,14 +10,14 @@ token that it has to predict.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sid_sft.faults import out_of_memory
@@ -68,12 +68,14 @@ def choose_forward(
     examples: Examples,
     micro_batch_size: int,
     *,
+    adapters: Sequence[nn.Parameter] = (),
     frozen_prefix: bool,
     cache_bytes: int,
     cache_place: str | Path,
     group_users: bool,
 ) -> Forward:
     """The fastest forward that gives the model's own loss, and with `rows` its gradient; logs which, and why no faster one.
+    adapters: what trains in the model's layers beside the rows.
 
     Every process must call. InputError where the model reads ahead, or where its loss is no number; OutOfMemoryError on all
     processes where the memory of one does not suffice to try a forward.
@@ -88,13 +90,15 @@ def choose_forward(
 
     ways: list[tuple[str, Callable[[], Forward], str]] = []  # name, how it is built, why it cannot be exact ("": try it)
     if frozen_prefix and rows is not None:
-        ways.append(("Frozen prefix", frozen, reason))
+        ways.append(
+            ("Frozen prefix", frozen, "adapters train in its layers, so no prefix is static" if adapters else reason)
+        )
     if group_users:
         ways.append(("Users as trees", lambda: PlainForward(model, examples, micro_batch_size, group_users=True), reason))
     ways.append(("Plain forward", lambda: PlainForward(model, examples, micro_batch_size), ""))
     ways.append(("The model's own forward", lambda: OwnForward(model, examples, micro_batch_size), ""))
     for name, build, known in ways:
-        forward, why_not, difference = (None, known, 0.0) if known else attempt(build, rows, trial)
+        forward, why_not, difference = (None, known, 0.0) if known else attempt(build, rows, trial, adapters)
         if forward is not None:
             shares = f"{forward.shares()}; " if isinstance(forward, FrozenPrefix) else ""
             logger.info(f"{name}: {shares}loss equal to the model's own to {difference:.0e} on a trial batch")
@@ -104,7 +108,9 @@ def choose_forward(
     return OwnForward(model, examples, micro_batch_size, alone=True)
 
 
-def attempt(build: Callable[[], Forward], rows: SidRows | None, trial: Trial) -> tuple[Forward | None, str, float]:
+def attempt(
+    build: Callable[[], Forward], rows: SidRows | None, trial: Trial, adapters: Sequence[nn.Parameter] = ()
+) -> tuple[Forward | None, str, float]:
     """Builds and tries a forward: (forward, "", difference from the model's own loss), or (None, why not, difference).
 
     All processes take it or none does, since a step is cut into the same micro-batches on each.
@@ -116,9 +122,9 @@ def attempt(build: Callable[[], Forward], rows: SidRows | None, trial: Trial) ->
         if not difference <= trial.tolerance.loss:
             why_not = f"its loss differs by {difference:.0e} from the model's own"
         elif rows is not None:
-            wrong = gradient_disagreement(forward, rows, trial)
-            if not wrong <= trial.tolerance.gradient:
-                why_not = f"the gradient of its SID rows differs by {wrong:.0e} from the model's own"
+            for what, wrong in gradient_disagreements(forward, rows, trial, adapters).items():
+                if not wrong <= trial.tolerance.gradient:
+                    why_not = f"the gradient of its {what} differs by {wrong:.0e} from the model's own"
     except InputError:
         raise
     except Exception as error:  # other people's code: whatever it does not take is a reason to go another way
@@ -223,22 +229,35 @@ def disagreement(forward: Forward, trial: Trial) -> float:
     return float(np.max(np.abs(found - wanted) / np.maximum(wanted, labels)))  # np.max hands a NaN on
 
 
-def gradient_disagreement(forward: Forward, rows: SidRows, trial: Trial) -> float:
-    """The relative difference of the SID rows' gradient from that of the model's own forward, over each task's shortest."""
-    wanted = rows_gradient(OwnForward(forward.model, forward.examples, 1), rows, trial.shortest)
-    found = rows_gradient(forward, rows, trial.shortest)
+def gradient_disagreements(
+    forward: Forward, rows: SidRows, trial: Trial, adapters: Sequence[nn.Parameter] = ()
+) -> dict[str, float]:
+    """The relative difference from the gradient of the model's own forward, over each task's shortest: of the SID rows, and
+    of the adapters where there are any."""
+    wanted = trained_gradients(OwnForward(forward.model, forward.examples, 1), rows, adapters, trial.shortest)
+    found = trained_gradients(forward, rows, adapters, trial.shortest)
+    return {what: relative_difference(found[what], wanted[what]) for what in wanted}
+
+
+def relative_difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """How far some tensors are from those that they should be, in the norm of all, relative to these."""
     scale = torch.stack([gradient.norm() for gradient in wanted]).norm()
     difference = torch.stack([(f - w).norm() for f, w in zip(found, wanted, strict=True)]).norm()
     return float(difference / scale.clamp(min=torch.finfo(scale.dtype).tiny))
 
 
-def rows_gradient(forward: Forward, rows: SidRows, indices: np.ndarray) -> list[Tensor]:
-    """The gradient (M, D) of each table's SID rows over some examples; leaves none behind."""
+def trained_gradients(
+    forward: Forward, rows: SidRows, adapters: Sequence[nn.Parameter], indices: np.ndarray
+) -> dict[str, list[Tensor]]:
+    """The gradients over some examples: of each table's SID rows (M, D), and of the adapters; leaves none behind."""
     try:
         for part in forward.cut(indices):
             forward.nll(part.indices).sum().backward()
         rows.collect_gradients()
-        return [master.grad for master in rows.masters if master.grad is not None]  # none is: each got zeros at least
+        found = {"SID rows": [master.grad for master in rows.masters if master.grad is not None]}  # each got zeros at least
+        if adapters:
+            found["adapters"] = [torch.zeros_like(own) if own.grad is None else own.grad for own in adapters]
+        return found
     finally:  # a forward that failed halfway may have left some, too
-        for _, weight, master in rows.tables:
-            weight.grad = master.grad = None
+        for own in [*adapters, *rows.masters, *(weight for _, weight, _ in rows.tables)]:
+            own.grad = None
