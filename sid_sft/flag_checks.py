@@ -156,11 +156,11 @@ def check_distribution(flags: TrainFlags) -> None:
             f"FSDP version {shown(version)} is not supported; start with torchrun (as sft.sh does) and --fsdp True, or set "
             "fsdp_version: 2 in accelerate's configuration"
         )
-    if world_size() == 1:
-        raise InputError("--fsdp True shards the model over processes, and this is one; start several with torchrun")
     for name in NEEDED:
         if getattr(flags, name):
             raise InputError(f"--{name} cannot go with --fsdp True, which shards a plain model; leave one of the two out")
+    if world_size() == 1:
+        raise InputError("--fsdp True shards the model over processes, and this is one; start several with torchrun")
     if flags.auto_micro_batch:
         raise InputError(
             "--auto_micro_batch True cannot compute a step again with --fsdp True, where all processes compute it together; "

@@ -366,6 +366,8 @@ BAD = {
         lambda p, s: {"ENV": {"ACCELERATE_USE_DEEPSPEED": "true"}},
         "DeepSpeed is not supported; start with torch",
     ),
+    "adapters in shards": (lambda p, s: {"fsdp": True, "lora_rank": 2}, "--lora_rank cannot go with --fsdp True"),
+    "4 bits in shards": (lambda p, s: {"fsdp": True, "load_in_4bit": True}, "--load_in_4bit cannot go with --fsdp True"),
     "shards of one process": (lambda p, s: {"fsdp": True}, "over processes, and this is one; start several with torchrun"),
     "shards of one process with accelerate": (
         lambda p, s: {"ENV": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}},
