@@ -17,10 +17,11 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rq.files import InputError, shown
 from rq.metadata import LONGEST_NAME, cell_text, unusable
@@ -82,17 +83,42 @@ def opened_base(output_dir: Path, name: str, *, memory_gb: float) -> Iterator["d
         }
     )
     try:
-        yield base
+        with _stopped_by_signals(base):
+            yield base
     except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
         what = " ".join(str(error).split())[:MOST_TOLD]
         raise InputError(f"{spill}: {what}; free space there, or give more --memory_gb than {memory_gb:g}") from error
-    except RuntimeError as error:
-        if "interrupted" not in str(error):
+    except (RuntimeError, duckdb.InterruptException) as error:
+        if "interrupted" not in str(error).lower():
             raise
         raise KeyboardInterrupt from error  # what DuckDB makes of Ctrl-C and SIGTERM
     finally:
         base.close()
         shutil.rmtree(spill, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(base: "duckdb.DuckDBPyConnection") -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM stop the threads of a query: by itself DuckDB waits for what they are at, maybe for minutes."""
+
+    def stopping(handler: Callable[[int, Any], Any]) -> Callable[[int, Any], Any]:
+        def stop(number: int, frame: Any) -> Any:
+            base.interrupt()
+            return handler(number, frame)
+
+        return stop
+
+    before: dict[signal.Signals, Callable[[int, Any], Any]] = {}
+    with contextlib.suppress(ValueError):  # not the main thread, which alone hears signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(number)):
+                signal.signal(number, stopping(handler))
+                before[number] = handler
+    try:
+        yield
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
 
 
 def _is_running(process: str) -> bool:
