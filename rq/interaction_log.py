@@ -99,7 +99,7 @@ def opened_base(output_dir: Path, name: str, *, memory_gb: float) -> Iterator["d
 
 @contextlib.contextmanager
 def _stopped_by_signals(base: "duckdb.DuckDBPyConnection") -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM stop the threads of a query: by itself DuckDB waits for what they are at, maybe for minutes."""
+    """Lets Ctrl-C and SIGTERM stop the threads of a query: DuckDB itself waits for what they are at, maybe for minutes."""
 
     def stopping(handler: Callable[[int, Any], Any]) -> Callable[[int, Any], Any]:
         def stop(number: int, frame: Any) -> Any:
