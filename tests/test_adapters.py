@@ -225,6 +225,7 @@ def test_the_losses_are_those_of_a_loop_with_peft(flags, base, sid_tokens, tmp_p
     np.testing.assert_allclose(losses(tmp_path / "run"), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_of_one(flags, tmp_path):
     changes = {"lora_rank": 2, "lora_learning_rate": 0.01, "max_steps": 4, "eval_steps": 2, "save_steps": 2, "sample": 11}
     for processes in (1, 2):

@@ -812,9 +812,12 @@ def test_a_broken_csv_is_one_line_that_names_the_file_and_the_line(folder, fault
     )
 
 
-def test_a_missing_csv_and_a_folder_for_a_csv_are_one_line(folder):
-    for path in (folder / "none.csv", folder):
-        assert one_error(read_rows, path, catalogue_of(folder)).startswith(f"{path}: cannot be read")
+def test_a_missing_csv_and_a_folder_without_any_are_one_line(folder):
+    assert one_error(read_rows, folder / "none.csv", catalogue_of(folder)) == f"{folder / 'none.csv'}: there is no such file"
+    empty = folder / "empty"
+    empty.mkdir()
+    wanted = f"{empty}: the folder has no file that ends in .csv or .parquet"
+    assert one_error(read_rows, empty, catalogue_of(folder)) == wanted
     assert one_error(
         lambda: build_dataset(
             Source(folder / "none.csv"),
@@ -825,7 +828,7 @@ def test_a_missing_csv_and_a_folder_for_a_csv_are_one_line(folder):
             cutoff_len=9,
             cache_dir=folder,
         )
-    ).startswith(f"{folder / 'none.csv'}: cannot be read")
+    ).startswith(f"{folder / 'none.csv'}: there is no such file")
 
 
 def test_a_csv_of_a_spreadsheet_reads_and_so_does_a_very_long_history(folder):
@@ -1236,10 +1239,12 @@ def imports_of(path):
 
 def test_imports_go_one_way_from_files_to_data():
     root = Path(data.__file__).parent
-    modules = ["files", "locks", "catalogue", "cells", "parquet_rows", "interactions", "tasks", "encoding", "dataset_cache"]
+    modules = ["files", "locks", "catalogue", "cells", "parquet_rows", "parts"]
+    modules += ["interactions", "tasks", "encoding", "private_doors", "forward.architecture", "forward.mapped"]
+    modules += ["forward.examples", "forward.trees", "forward.prefix_parts", "dataset_cache"]
     allowed = set()
     for module in modules:
-        assert imports_of(root / "sid_sft" / f"{module}.py") <= allowed, module
+        assert imports_of(root / "sid_sft" / f"{module.replace('.', '/')}.py") <= allowed, module
         allowed.add(f"sid_sft.{module}")
     assert imports_of(root / "data.py") <= allowed
 

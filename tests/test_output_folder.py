@@ -226,7 +226,9 @@ FILLS_UP = {
 }
 
 
-@pytest.mark.parametrize("name", FILLS_UP)
+@pytest.mark.parametrize(
+    "name", ["a checkpoint", pytest.param("the final tokenizer", marks=pytest.mark.slow), "the final model"]
+)
 def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_where_there_is_room(name, flags, tmp_path):
     freeze, room, kept = FILLS_UP[name]
     changes = {"freeze_LLM": freeze, "eval_file": None}

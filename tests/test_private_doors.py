@@ -396,7 +396,7 @@ SidTrainer.training_step = training_step
 """
 
 
-@MODES
+@pytest.mark.parametrize("freeze", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["freeze", "full"])
 def test_two_processes_train_the_model_itself_and_no_wrapper_of_it(freeze, flags, tmp_path):
     change = "assert self.args.world_size == 2 and model is self.model is self.model_wrapped"
     result = two_processes(STEP.format(change=change), flags(freeze_LLM=freeze, max_steps=3), tmp_path)

@@ -212,6 +212,7 @@ def test_an_item_without_a_title_is_nothing_to_a_task_of_titles(tmp_path):
         assert [row and row.history for row in rows] == expected
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_file_of_one(store, tmp_path):
     path = write_histories(tmp_path / "users.jsonl", [{"history": [CATALOGUE.items[i].id for i in h]} for h in HISTORIES])
     one = run(store, path, tmp_path / "one.jsonl", exclude_history=True)
