@@ -165,10 +165,11 @@ def load_base(flags: TrainFlags, device: torch.device) -> tuple[PreTrainedModel,
         model = load_model(flags.base_model, from_scratch=flags.train_from_scratch, trust_remote_code=trust)
         return model, model.dtype
     base_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    settings = quantized_settings(flags.bits, dtype=compute_dtype(flags, base_dtype), device=device)
+    dtype = compute_dtype(flags, base_dtype)
+    settings = quantized_settings(flags.bits, dtype=dtype, device=device)
     model = load_model(flags.base_model, trust_remote_code=trust, quantized=settings)
     make_trainable(model)
-    tell_quantized(model, flags.bits, base_dtype)
+    tell_quantized(model, flags.bits, dtype)
     return model, base_dtype
 
 

@@ -43,12 +43,13 @@ def quantized_settings(bits: int, *, dtype: torch.dtype, device: torch.device) -
     return {"quantization_config": how, "dtype": dtype, "device_map": {"": device}}
 
 
-def tell_quantized(model: PreTrainedModel, bits: int, base_dtype: torch.dtype) -> None:
-    """Logs what a quantized model takes, beside what it would take in the dtype of its files."""
-    now, before = stored_bytes(model), model.num_parameters() * base_dtype.itemsize
+def tell_quantized(model: PreTrainedModel, bits: int, dtype: torch.dtype) -> None:
+    """Logs what a quantized model takes, beside what all of it would take in the dtype that it computes in."""
+    now, before = stored_bytes(model), model.num_parameters() * dtype.itemsize
+    unquantized = f"{before / 1e6:,.1f} MB in {str(dtype).removeprefix('torch.')}"
     logger.info(
-        f"Base model in {bits} bits ({LIBRARIES[bits]}): {now / 1e6:,.1f} MB, unquantized {before / 1e6:,.1f} MB; training "
-        "goes against the quantized numbers, and final_checkpoint/ will hold the base's own, unquantized"
+        f"Base model in {bits} bits ({LIBRARIES[bits]}): {now / 1e6:,.1f} MB, in place of {unquantized}; training goes "
+        "against the quantized numbers, and final_checkpoint/ will hold the base's own, unquantized"
     )
 
 

@@ -126,7 +126,8 @@ def test_a_run_moves_the_sid_rows_alone_and_saves_the_unquantized_base(bits, fla
     library = {8: "torchao", 4: "bitsandbytes"}[bits]
     changes = {"max_steps": 20, "eval_steps": 10, "save_steps": 10, "warmup_steps": 2, f"load_in_{bits}bit": True}
     log = run(flags(**changes), caplog)
-    assert f"Base model in {bits} bits ({library}): 0.1 MB, unquantized 0.1 MB; training goes against the quantized" in log
+    whole = f"{4 * transformers.AutoModelForCausalLM.from_pretrained(base).num_parameters() / 1e6:.1f}"
+    assert f"Base model in {bits} bits ({library}): 0.1 MB, in place of {whole} MB in float32; training goes" in log
     assert "Frozen prefix: " in log
     assert " tensors of the quantized base, by SHA-256)" in log
     assert "frozen values changed: 0 (" in log
