@@ -11,10 +11,9 @@ from kill import end_of
 from safetensors.torch import load_file, save_file
 from test_frozen_prefix import plain_recipe
 from test_resuming import SHORT, last_line
-from test_sft import history, losses, weights
+from test_sft import as_the_run_began, history, losses, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data
 import sft
 from sid_sft import flag_checks
 from sid_sft.adapters import ADAPTER_FOLDER, CONFIG_FILE, WEIGHTS_FILE, Adapters, merged
@@ -196,14 +195,7 @@ def test_the_losses_are_those_of_a_loop_with_peft(flags, base, sid_tokens, tmp_p
     """Against HF's forward with all logits, torch's AdamW with two rates and one norm, written out here."""
     rates = {"learning_rate": 0.02, "lora_learning_rate": 0.005, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
     run(flags(**rates, lora_rank=2, lora_alpha=6, eval_file=None), caplog)
-    tokenizer = sft.load_tokenizer(str(base), trust_remote_code=False)
-    known = len(tokenizer)
-    ids = sft.add_sid_tokens(tokenizer, sid_tokens)
-    model = sft.load_model(str(base), from_scratch=False, trust_remote_code=False).eval()
-    sft.grow_embeddings(model, len(tokenizer))
-    sft.init_rows(model, ids, known, seed=42)
-    (cached,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    examples = Examples(data.open_dataset(cached, 512))
+    model, ids, examples = as_the_run_began(base, sid_tokens, tmp_path)
     weight = model.get_input_embeddings().weight
     master = torch.nn.Parameter(weight.detach()[ids].clone())
     torch.manual_seed(42)

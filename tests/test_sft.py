@@ -92,9 +92,8 @@ def test_freeze_mode_trains_on_sid_histories_alone_unless_tasks_are_named(flags,
     assert " of sid_sid, item, sid_title" in run(flags(tasks=None, freeze_LLM=False, check=True), caplog)
 
 
-def test_the_losses_are_those_of_a_plain_training_loop(flags, base, catalogue, sid_tokens, tmp_path, caplog):
-    """Against HF's forward with all logits, torch's AdamW and clipping, written out here."""
-    run(flags(lr_scheduler_type="constant", learning_rate=0.02, weight_decay=0.1, eval_file=None), caplog)
+def as_the_run_began(base, sid_tokens, tmp_path):
+    """The model before the first step of the run that has just ended, the ids of its SID tokens, and the run's examples."""
     tokenizer = sft.load_tokenizer(str(base), trust_remote_code=False)
     known = len(tokenizer)
     ids = sft.add_sid_tokens(tokenizer, sid_tokens)
@@ -103,6 +102,13 @@ def test_the_losses_are_those_of_a_plain_training_loop(flags, base, catalogue, s
     sft.init_rows(model, ids, known, seed=42)
     (cached,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     examples = Examples(data.open_dataset(cached, 512))
+    return model, ids, examples
+
+
+def test_the_losses_are_those_of_a_plain_training_loop(flags, base, catalogue, sid_tokens, tmp_path, caplog):
+    """Against HF's forward with all logits, torch's AdamW and clipping, written out here."""
+    run(flags(lr_scheduler_type="constant", learning_rate=0.02, weight_decay=0.1, eval_file=None), caplog)
+    model, ids, examples = as_the_run_began(base, sid_tokens, tmp_path)
     weight = model.get_input_embeddings().weight
     master = torch.nn.Parameter(weight.detach()[ids].clone())
     optimizer = torch.optim.AdamW([master], lr=0.02, weight_decay=0.1)
