@@ -54,8 +54,8 @@ def rows_learning_rate(model: PreTrainedModel) -> float:
 def tell_shrinkage(shrinkage: float) -> None:
     """Logs what --level_shrinkage does; by default, too, so that nobody looks for it among the rows."""
     logger.info(
-        f"Level shrinkage {shrinkage:g}: at its peak rate a step draws each SID row to the mean row of its level by "
-        f"{100 * shrinkage:g} % of the way, so that what few examples tell of a SID is not learnt by heart"
+        f"Level shrinkage {shrinkage:g}: a step draws each SID row to the mean row of its level, by learning rate x "
+        f"{shrinkage:g} of the way, so that what few examples tell of a SID is not learnt by heart"
     )
 
 

@@ -34,7 +34,7 @@ from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS
 
 FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told; on what evidence: results/freeze_learning.md
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
-FREEZE_SHRINKAGE = 0.0042  # of SID rows to the mean of their level; on what evidence: results/freeze_learning.md
+FREEZE_SHRINKAGE = 1.0  # of SID rows to the mean of their level; on what evidence: results/freeze_learning.md
 ADAPTER_LEARNING_RATE = 1e-3  # of LoRA adapters; on what evidence: results/lora.md
 CACHE_DIR = "~/.cache/sid-sft"
 ANSWERS_FILE = "recommendations.jsonl"
@@ -199,9 +199,9 @@ class TrainFlags:
     )
     level_shrinkage: float | None = flag(
         None,
-        "in freeze mode, a step draws each SID row to the mean row of its level, by this share of the way at the peak of "
-        "the learning rate, and less as that falls",
-        SHARE,
+        "in freeze mode, a step draws each SID row to the mean row of its level, by learning rate x level_shrinkage of the "
+        "way, as weight decay draws to zero",
+        from_to(0, 100),
         if_unset=f"with freeze_LLM {FREEZE_SHRINKAGE:g}, unless weight_decay is given",
     )
     lr_scheduler_type: str = flag("cosine", "how the learning rate goes on from its peak", choices=SCHEDULES)

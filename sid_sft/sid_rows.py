@@ -116,10 +116,10 @@ class SidRowAdamW(torch.optim.AdamW):
     """AdamW over the masters of SidRows, and over adapters at a rate of their own; a step ends with the rows written into
     the model.
 
-    shrinkage: beside weight decay, which draws a row to zero, a step draws it by lr / peak lr x shrinkage of the way to the
-    mean of the rows of its level, all as they were before the step. What the SIDs of a level have in common then costs
-    nothing, and a rare one stays like its level until there are examples that tell it apart (the mean-regularized tasks of
-    Evgeniou and Pontil, KDD 2004, with rows for tasks). levels: token -> level; tokens that are not in it are of level 0.
+    shrinkage: beside weight decay, which draws a row to zero, a step draws it by lr x shrinkage of the way to the mean of
+    the rows of its level, all as they were before the step. What the SIDs of a level have in common then costs nothing, and
+    a rare one stays like its level until there are examples that tell it apart (the mean-regularized tasks of Evgeniou and
+    Pontil, KDD 2004, with rows for tasks). levels: token -> level; tokens that are not in it are of level 0.
 
     Its state_dict carries the masters beside the moments, so a resumed run continues from the float32 numbers.
     """
@@ -134,7 +134,7 @@ class SidRowAdamW(torch.optim.AdamW):
         adapter_lr: float = 0.0,
         **settings,
     ) -> None:
-        self.rows, self.shrinkage, self.peak_lr = rows, shrinkage, settings["lr"]
+        self.rows, self.shrinkage = rows, shrinkage
         self.level = torch.tensor([levels.get(token, 0) for token in rows.tokens], device=rows.ids.device)
         members = nn.functional.one_hot(self.level).T
         self.averaging = members / members.sum(1, keepdim=True).clamp(min=1)  # (levels, M), times rows (M, D): their means
@@ -146,7 +146,7 @@ class SidRowAdamW(torch.optim.AdamW):
 
     def step(self, closure=None):
         self.rows.collect_gradients()
-        reach = self.shrinkage * self.param_groups[0]["lr"] / self.peak_lr
+        reach = self.param_groups[0]["lr"] * self.shrinkage
         ways = [self.way_to_level(master) for master in self.rows.masters] if reach else []
         result = super().step(closure)
         for master, way in zip(self.rows.masters, ways, strict=False):
