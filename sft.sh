@@ -57,9 +57,9 @@ for flag in base_model train_file eval_file sid_index_path item_meta_path prefer
   prompts chat_template sample eval_sample eval_recommendation metric_for_best_model max_left_out cutoff_len freeze_LLM \
   frozen_prefix lora_rank lora_alpha lora_learning_rate load_in_8bit load_in_4bit train_from_scratch num_epochs \
   max_steps batch_size micro_batch_size auto_micro_batch fsdp gradient_checkpointing learning_rate weight_decay \
-  level_shrinkage lr_scheduler_type warmup_steps group_by_length group_users prefix_cache_gb prefix_cache_in seed bf16 \
-  logging_steps eval_steps save_steps early_stopping_patience resume_from_checkpoint allow_changed report_to \
-  wandb_project wandb_run_name push_to_hub hub_private trust_remote_code cache_dir num_proc check; do
+  lr_scheduler_type warmup_steps group_by_length group_users prefix_cache_gb prefix_cache_in seed bf16 logging_steps \
+  eval_steps save_steps early_stopping_patience resume_from_checkpoint allow_changed report_to wandb_project \
+  wandb_run_name push_to_hub hub_private trust_remote_code cache_dir num_proc check; do
   variable=${flag^^}
   [ -z "${!variable:-}" ] || given "$flag" "$@" || arguments+=("--$flag" "${!variable}")
 done

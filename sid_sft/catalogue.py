@@ -115,18 +115,6 @@ def unescaped(text: str) -> str:
     return text
 
 
-def levels_of(catalogue: Catalogue) -> dict[str, int]:
-    """SID token -> the level that it stands at, counted from 0; the first, where it stands at several.
-
-    {"<a_236>": 0, "<b_231>": 1, "<c_226>": 2, ...}
-    """
-    levels: dict[str, int] = {}
-    for item in catalogue.items:
-        for level, token in enumerate(item.sid):
-            levels[token] = min(level, levels.get(token, level))
-    return levels
-
-
 @without_garbage_collection()
 def read_catalogue(index_path: Path, item_path: Path | None) -> Catalogue:
     """The items of the index, with their titles where an item file is given; logs depths, shared SIDs and missing titles."""

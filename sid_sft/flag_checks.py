@@ -185,10 +185,6 @@ def check_freezing(flags: TrainFlags) -> None:
     for name in ("lora_alpha", "lora_learning_rate"):
         if getattr(flags, name) is not None and not flags.lora_rank:
             raise InputError(f"--{name} needs --lora_rank, the rank of the adapters")
-    if flags.level_shrinkage and not flags.freeze_LLM:
-        raise InputError(
-            f"--level_shrinkage {flags.level_shrinkage:g} is of SID rows that train alone: it needs --freeze_LLM True"
-        )
     if flags.load_in_8bit and flags.load_in_4bit:
         raise InputError("--load_in_8bit and --load_in_4bit are two ways to hold one model; choose one")
     for name, library in NEEDED.items():

@@ -51,14 +51,6 @@ def rows_learning_rate(model: PreTrainedModel) -> float:
     return rate
 
 
-def tell_shrinkage(shrinkage: float) -> None:
-    """Logs what --level_shrinkage does; by default, too, so that nobody looks for it among the rows."""
-    logger.info(
-        f"Level shrinkage {shrinkage:g}: a step draws each SID row to the mean row of its level, by learning rate x "
-        f"{shrinkage:g} of the way, so that what few examples tell of a SID is not learnt by heart"
-    )
-
-
 def turn_dropout_off(model: PreTrainedModel) -> int:
     """Sets every dropout probability of the model to 0 and returns how many were not."""
     from torch import nn

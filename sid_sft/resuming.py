@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sft.resuming")
 
-BEFORE = {"level_shrinkage": 0.0}  # what runs had whose checkpoints are older than the flag
-FOLLOWS = {"level_shrinkage": "weight_decay"}  # a flag whose default depends on another: who changes that one changes both
 ASIDE = "set_aside"  # folder of output_dir for checkpoints that are in the way of the run
 
 
@@ -148,9 +146,8 @@ def find_resume_point(flags: TrainFlags, decides: dict[str, Any]) -> Resumed | N
 
 def compared(folder: Path, then: dict[str, Any], now: dict[str, Any], allowed: list[str]) -> list[str]:
     """The flags that differ from those of a checkpoint and may; InputError names every one that may not."""
-    then = BEFORE | then
     changed = [name for name in now if name in then and now[name] != then[name]]
-    refused = [name for name in changed if name not in allowed and FOLLOWS.get(name) not in changed]
+    refused = [name for name in changed if name not in allowed]
     if not refused:
         return changed
     text = ", ".join(f"{name} {difference(then[name], now[name])}" for name in refused)

@@ -34,7 +34,6 @@ from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS
 
 FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told; on what evidence: results/freeze_learning.md
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
-FREEZE_SHRINKAGE = 1.0  # of SID rows to the mean of their level; on what evidence: results/freeze_learning.md
 ADAPTER_LEARNING_RATE = 1e-3  # of LoRA adapters; on what evidence: results/lora.md
 CACHE_DIR = "~/.cache/sid-sft"
 ANSWERS_FILE = "recommendations.jsonl"
@@ -45,8 +44,8 @@ BEST_METRICS = ("eval_loss", "eval_hr@10", "eval_ndcg@10")
 CHANGEABLE = (
     "train_file", "eval_file", "sid_index_path", "item_meta_path", "preference_file", "category", "tasks", "prompts",
     "chat_template", "sample", "eval_sample", "eval_recommendation", "metric_for_best_model", "cutoff_len", "num_epochs",
-    "max_steps", "batch_size", "learning_rate", "lora_learning_rate", "weight_decay", "level_shrinkage", "lr_scheduler_type",
-    "warmup_steps", "group_by_length", "group_users", "seed", "bf16", "eval_steps", "save_steps", "early_stopping_patience",
+    "max_steps", "batch_size", "learning_rate", "lora_learning_rate", "weight_decay", "lr_scheduler_type", "warmup_steps",
+    "group_by_length", "group_users", "seed", "bf16", "eval_steps", "save_steps", "early_stopping_patience",
 )
 # fmt: on
 SCHEDULES = (  # those of transformers that need no further arguments
@@ -191,19 +190,7 @@ class TrainFlags:
         above(0, 100),
         if_unset="3e-4, with freeze_LLM 2.4 over the width of the model",
     )
-    weight_decay: float | None = flag(
-        None,
-        "AdamW's decoupled weight decay, to zero; in freeze mode of what trains alone",
-        from_to(0, 100),
-        if_unset="0; with freeze_LLM level_shrinkage stands in its place",
-    )
-    level_shrinkage: float | None = flag(
-        None,
-        "in freeze mode, a step draws each SID row to the mean row of its level, by learning rate x level_shrinkage of the "
-        "way, as weight decay draws to zero",
-        from_to(0, 100),
-        if_unset=f"with freeze_LLM {FREEZE_SHRINKAGE:g}, unless weight_decay is given",
-    )
+    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of what trains alone", from_to(0, 100))
     lr_scheduler_type: str = flag("cosine", "how the learning rate goes on from its peak", choices=SCHEDULES)
     warmup_steps: int = flag(20, "steps until the learning rate reaches its peak", at_least(0))
     group_by_length: bool = flag(False, "batches of similar length across the epoch (steps are sorted inside in any case)")
@@ -349,12 +336,8 @@ class EvaluateFlags:
 # ---------------------------------------------------------------------------------------------- what follows from flags
 
 
-def with_defaults(flags: TrainFlags) -> TrainFlags:
-    """The flags with what is not given of decay and shrinkage, and of adapters' alpha (2 x rank) and learning rate."""
-    shrinks = flags.freeze_LLM and flags.weight_decay is None
-    if flags.level_shrinkage is None:
-        flags = dataclasses.replace(flags, level_shrinkage=FREEZE_SHRINKAGE if shrinks else 0.0)
-    flags = dataclasses.replace(flags, weight_decay=flags.weight_decay or 0.0)
+def with_adapter_defaults(flags: TrainFlags) -> TrainFlags:
+    """The flags with what --lora_rank implies: alpha 2 x rank and ADAPTER_LEARNING_RATE where neither is given."""
     if not flags.lora_rank:
         return flags
     return dataclasses.replace(

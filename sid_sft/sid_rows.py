@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -116,28 +115,11 @@ class SidRowAdamW(torch.optim.AdamW):
     """AdamW over the masters of SidRows, and over adapters at a rate of their own; a step ends with the rows written into
     the model.
 
-    shrinkage: beside weight decay, which draws a row to zero, a step draws it by lr x shrinkage of the way to the mean of
-    the rows of its level, all as they were before the step. What the SIDs of a level have in common then costs nothing, and
-    a rare one stays like its level until there are examples that tell it apart (the mean-regularized tasks of Evgeniou and
-    Pontil, KDD 2004, with rows for tasks). levels: token -> level; tokens that are not in it are of level 0.
-
     Its state_dict carries the masters beside the moments, so a resumed run continues from the float32 numbers.
     """
 
-    def __init__(
-        self,
-        rows: SidRows,
-        *,
-        levels: Mapping[str, int] = MappingProxyType({}),
-        shrinkage: float = 0.0,
-        adapters: Sequence[nn.Parameter] = (),
-        adapter_lr: float = 0.0,
-        **settings,
-    ) -> None:
-        self.rows, self.shrinkage = rows, shrinkage
-        self.level = torch.tensor([levels.get(token, 0) for token in rows.tokens], device=rows.ids.device)
-        members = nn.functional.one_hot(self.level).T
-        self.averaging = members / members.sum(1, keepdim=True).clamp(min=1)  # (levels, M), times rows (M, D): their means
+    def __init__(self, rows: SidRows, *, adapters: Sequence[nn.Parameter] = (), adapter_lr: float = 0.0, **settings) -> None:
+        self.rows = rows
         fused = rows.ids.device.type in ("cpu", "cuda")
         groups: list[dict] = [{"params": rows.masters}]
         if adapters:
@@ -146,18 +128,9 @@ class SidRowAdamW(torch.optim.AdamW):
 
     def step(self, closure=None):
         self.rows.collect_gradients()
-        reach = self.param_groups[0]["lr"] * self.shrinkage
-        ways = [self.way_to_level(master) for master in self.rows.masters] if reach else []
         result = super().step(closure)
-        for master, way in zip(self.rows.masters, ways, strict=False):
-            master.data.add_(way, alpha=reach)
         self.rows.write()
         return result
-
-    @torch.no_grad()
-    def way_to_level(self, rows: Tensor) -> Tensor:
-        """From each row, (M, D), to the mean of its level; by a product, whose sums have one order on GPUs, too."""
-        return (self.averaging.to(rows) @ rows)[self.level] - rows
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "masters": [master.detach().clone() for master in self.rows.masters]}

@@ -69,8 +69,6 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
         self,
         *,
         rows: SidRows | None,
-        levels: dict[str, int],
-        level_shrinkage: float,
         adapters: Adapters | None,
         base_hash: str,
         micro_batch_size: int,
@@ -89,7 +87,6 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
     ) -> None:
         super().__init__(**settings)
         self.rows, self.base_hash, self.micro_batch_size = rows, base_hash, micro_batch_size
-        self.levels, self.level_shrinkage = levels, level_shrinkage
         self.adapters, self.beside = adapters, adapters.parameters if adapters else []
         self.auto_micro_batch = auto_micro_batch
         self.sharded = is_sharded(self.model)
@@ -259,8 +256,6 @@ class SidTrainer(ResumesFromOwnFiles, Trainer):
             args = self.args
             self.optimizer = SidRowAdamW(
                 self.rows,
-                levels=self.levels,
-                shrinkage=self.level_shrinkage,
                 adapters=self.beside,
                 adapter_lr=self.adapters.learning_rate if self.adapters else 0.0,
                 lr=args.learning_rate,

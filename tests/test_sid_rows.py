@@ -95,41 +95,6 @@ def test_the_step_is_torch_s_adamw_on_the_rows_alone():
     assert torch.equal(model.get_input_embeddings().weight[IDS], rows.masters[0])
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_shrinkage_draws_each_row_to_the_mean_of_its_level_beside_the_step(tied):
-    """row + lr * shrinkage * (mean of its level - row), with the means of before the step, and then what AdamW adds."""
-    model, plain_model = (small_model("qwen2", 100, tie_word_embeddings=tied) for _ in range(2))
-    rows, plain = (sft.freeze_llm(one, IDS, TOKENS) for one in (model, plain_model))
-    levels = {"<a_0>": 0, "<a_1>": 0, "<b_0>": 1, "<b_1>": 1}
-    optimizer = SidRowAdamW(rows, lr=0.05, levels=levels, shrinkage=0.4, weight_decay=0.0)
-    expected = SidRowAdamW(plain, lr=0.05, weight_decay=0.0)
-    for step in range(4):
-        with torch.no_grad():
-            ways = [0.02 * (torch.stack([m[:2].mean(0)] * 2 + [m[2:].mean(0)] * 2) - m) for m in plain.masters]
-        for one, adamw in ((model, optimizer), (plain_model, expected)):
-            loss_of(one, step).backward()
-            adamw.step()
-            adamw.zero_grad()
-        for master, way in zip(plain.masters, ways, strict=True):
-            master.data += way
-        plain.write()
-        for found, wanted in zip(rows.masters, plain.masters, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_shrinkage_makes_the_rows_of_a_level_one_and_leaves_their_mean():
-    rows = SidRows(small_model("qwen2", 100, tie_word_embeddings=True), IDS, TOKENS)
-    means = [rows.masters[0][:3].mean(0).detach(), rows.masters[0][3].detach().clone()]
-    optimizer = SidRowAdamW(
-        rows, lr=0.1, levels={"<b_1>": 1}, shrinkage=1.0, weight_decay=0.0
-    )  # the other three are of level 0
-    for _ in range(200):
-        rows.masters[0].grad = torch.zeros_like(rows.masters[0])
-        optimizer.step()
-    for row, mean in zip(rows.masters[0], [means[0]] * 3 + [means[1]], strict=True):
-        torch.testing.assert_close(row, mean, rtol=1e-4, atol=1e-5)
-
-
 def test_a_thousand_steps_below_a_bfloat16_step_add_up():
     model = small_model("qwen2", 100, tie_word_embeddings=True).to(torch.bfloat16)
     weight = model.get_input_embeddings().weight
