@@ -32,7 +32,7 @@ from sid_sft.faults import memory_in_one_line
 from sid_sft.files import InputError
 from sid_sft.finite import check_finite
 from sid_sft.flag_checks import check_training, takes_over_from_accelerate
-from sid_sft.freezing import rows_learning_rate, tell_what_trains, turn_dropout_off
+from sid_sft.freezing import rows_learning_rate, tell_decay, tell_what_trains, turn_dropout_off
 from sid_sft.hub import open_repository, upload
 from sid_sft.interactions import check_first_row
 from sid_sft.interruption import StopSignals
@@ -40,7 +40,7 @@ from sid_sft.output_folder import STATE_FILE, OutputFolder
 from sid_sft.recommend.while_training import recommendation_evaluator
 from sid_sft.resuming import resume_point, what_decides
 from sid_sft.run_report import CURVES_FILE, REPORT_FILE, model_card, write_run_report
-from sid_sft.settings import CACHE_DIR, TrainFlags, with_adapter_defaults
+from sid_sft.settings import CACHE_DIR, TrainFlags, with_defaults
 from sid_sft.tasks import read_prompts
 from sid_sft.training_arguments import check_reports, check_schedule, compute_dtype, training_arguments
 from sid_sft.vocabulary import (
@@ -161,7 +161,7 @@ def fine_tune(
     check_reports(flags)
     transformers.set_seed(flags.seed)
     positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
-    flags = dataclasses.replace(with_adapter_defaults(flags), cutoff_len=fit_cutoff(flags.cutoff_len, positions))
+    flags = dataclasses.replace(with_defaults(flags), cutoff_len=fit_cutoff(flags.cutoff_len, positions))
 
     # ---- the SID tokens of the index become tokens of the tokenizer
     tokenizer = load_tokenizer(flags.base_model, trust_remote_code=flags.trust_remote_code)
@@ -197,6 +197,8 @@ def fine_tune(
     bits_before = frozen_bits(model, rows.ids) if rows and flags.bits else None
     adapters = Adapters(model, flags) if flags.lora_rank else None
     tell_what_trains(model, rows, adapters)
+    if rows and args.weight_decay:
+        tell_decay(args.weight_decay)
     if rows and flags.learning_rate is None:
         args.learning_rate = rows_learning_rate(model)
     flags = dataclasses.replace(flags, learning_rate=args.learning_rate)  # for the model card

@@ -42,7 +42,7 @@ class Adapters:
     def __init__(self, model: PreTrainedModel, flags: TrainFlags) -> None:
         import peft
 
-        assert flags.lora_alpha is not None  # with_adapter_defaults has seen to both
+        assert flags.lora_alpha is not None  # with_defaults has seen to both
         assert flags.lora_learning_rate is not None
         settings = peft.LoraConfig(
             task_type="CAUSAL_LM",

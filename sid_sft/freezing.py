@@ -51,6 +51,14 @@ def rows_learning_rate(model: PreTrainedModel) -> float:
     return rate
 
 
+def tell_decay(decay: float) -> None:
+    """Logs what --weight_decay, which freeze mode has by default, does to the rows."""
+    logger.info(
+        f"Weight decay {decay:g}: a step shrinks what trains by learning rate x {decay:g} of itself, so that what few "
+        "examples tell is not learnt by heart"
+    )
+
+
 def turn_dropout_off(model: PreTrainedModel) -> int:
     """Sets every dropout probability of the model to 0 and returns how many were not."""
     from torch import nn

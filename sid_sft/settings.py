@@ -34,6 +34,7 @@ from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS
 
 FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told; on what evidence: results/freeze_learning.md
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
+FREEZE_DECAY = 1.0  # weight decay of the SID rows; on what evidence: results/freeze_learning.md
 ADAPTER_LEARNING_RATE = 1e-3  # of LoRA adapters; on what evidence: results/lora.md
 CACHE_DIR = "~/.cache/sid-sft"
 ANSWERS_FILE = "recommendations.jsonl"
@@ -190,7 +191,12 @@ class TrainFlags:
         above(0, 100),
         if_unset="3e-4, with freeze_LLM 2.4 over the width of the model",
     )
-    weight_decay: float = flag(0.0, "AdamW's decoupled weight decay; in freeze mode of what trains alone", from_to(0, 100))
+    weight_decay: float | None = flag(
+        None,
+        "AdamW's decoupled weight decay; in freeze mode of what trains alone",
+        from_to(0, 100),
+        if_unset=f"0, with freeze_LLM {FREEZE_DECAY:g}",
+    )
     lr_scheduler_type: str = flag("cosine", "how the learning rate goes on from its peak", choices=SCHEDULES)
     warmup_steps: int = flag(20, "steps until the learning rate reaches its peak", at_least(0))
     group_by_length: bool = flag(False, "batches of similar length across the epoch (steps are sorted inside in any case)")
@@ -336,8 +342,10 @@ class EvaluateFlags:
 # ---------------------------------------------------------------------------------------------- what follows from flags
 
 
-def with_adapter_defaults(flags: TrainFlags) -> TrainFlags:
-    """The flags with what --lora_rank implies: alpha 2 x rank and ADAPTER_LEARNING_RATE where neither is given."""
+def with_defaults(flags: TrainFlags) -> TrainFlags:
+    """The flags with what others imply where it is not given: weight decay, and of adapters alpha (2 x rank) and rate."""
+    if flags.weight_decay is None:
+        flags = dataclasses.replace(flags, weight_decay=FREEZE_DECAY if flags.freeze_LLM else 0.0)
     if not flags.lora_rank:
         return flags
     return dataclasses.replace(

@@ -41,7 +41,7 @@ def training_arguments(flags: TrainFlags) -> TrainingArguments:
             max_steps=flags.max_steps,
             per_device_train_batch_size=batch_size // world_size(),
             learning_rate=flags.learning_rate or FULL_LEARNING_RATE,
-            weight_decay=flags.weight_decay,
+            weight_decay=flags.weight_decay or 0.0,
             lr_scheduler_type=flags.lr_scheduler_type,
             warmup_steps=flags.warmup_steps,
             seed=flags.seed,

@@ -21,7 +21,7 @@ from sid_sft.files import InputError
 from sid_sft.forward.choose import gradient_disagreements, make_trial
 from sid_sft.forward.examples import Examples
 from sid_sft.forward.plain import PlainForward
-from sid_sft.settings import TrainFlags, with_adapter_defaults
+from sid_sft.settings import TrainFlags, with_defaults
 from sid_sft.sid_rows import ROWS_FILE, SidRowAdamW, read_rows_file
 from sid_sft.steps import StepSampler
 
@@ -38,7 +38,7 @@ def run(arguments: list[str], caplog, code: int = 0) -> str:
 
 def adapted(model, **changes) -> Adapters:
     flags = {"base_model": "base", "output_dir": "out", "sid_index_path": "x", "lora_rank": 2, **changes}
-    return Adapters(model, with_adapter_defaults(TrainFlags(**flags)))
+    return Adapters(model, with_defaults(TrainFlags(**flags)))
 
 
 def turned(adapters: Adapters) -> None:

@@ -179,7 +179,7 @@ DIFFERENCES = {
     "another category": ({"category": "Toys"}, "category kitchen (now Toys)"),
     "a sample": ({"sample": 11}, "sample 12 (now 11)"),
     "a learning rate": ({"learning_rate": 0.5}, "learning_rate 0.075 (now 0.5)"),
-    "weight decay": ({"weight_decay": 0.1}, "weight_decay 0.0 (now 0.1)"),
+    "weight decay": ({"weight_decay": 0.1}, "weight_decay 1.0 (now 0.1)"),
     "a schedule": ({"lr_scheduler_type": "linear"}, "lr_scheduler_type cosine (now linear)"),
     "a longer run": ({"max_steps": 8}, "max_steps 6 (now 8)"),
     "a shorter cutoff": ({"cutoff_len": 200}, "cutoff_len 512 (now 200)"),
