@@ -32,7 +32,7 @@ from sid_sft.faults import memory_in_one_line
 from sid_sft.files import InputError
 from sid_sft.finite import check_finite
 from sid_sft.flag_checks import check_training, takes_over_from_accelerate
-from sid_sft.freezing import rows_learning_rate, tell_decay, tell_what_trains, turn_dropout_off
+from sid_sft.freezing import rows_learning_rate, tell_defaults, tell_what_trains, turn_dropout_off
 from sid_sft.hub import open_repository, upload
 from sid_sft.interactions import check_first_row
 from sid_sft.interruption import StopSignals
@@ -161,6 +161,8 @@ def fine_tune(
     check_reports(flags)
     transformers.set_seed(flags.seed)
     positions = model_positions(flags.base_model, trust_remote_code=flags.trust_remote_code)
+    if flags.freeze_LLM:
+        tell_defaults(flags)
     flags = dataclasses.replace(with_defaults(flags), cutoff_len=fit_cutoff(flags.cutoff_len, positions))
 
     # ---- the SID tokens of the index become tokens of the tokenizer
@@ -197,8 +199,6 @@ def fine_tune(
     bits_before = frozen_bits(model, rows.ids) if rows and flags.bits else None
     adapters = Adapters(model, flags) if flags.lora_rank else None
     tell_what_trains(model, rows, adapters)
-    if rows and args.weight_decay:
-        tell_decay(args.weight_decay)
     if rows and flags.learning_rate is None:
         args.learning_rate = rows_learning_rate(model)
     flags = dataclasses.replace(flags, learning_rate=args.learning_rate)  # for the model card
@@ -277,8 +277,6 @@ def datasets_of(
     train_source = Source(optional_path(flags.train_file), optional_path(flags.preference_file), "train")
     train_data = build(train_source, flags.task_names, flags.sample)
     logger.info(f"Training on {len(train_data):,} examples of {', '.join(flags.task_names)}")
-    if flags.freeze_LLM and flags.tasks is None:
-        logger.info("Freeze mode trains on SID histories alone unless --tasks names more: that has recommended best so far")
     if not flags.eval_file:
         return train_data, None
     eval_data = build(Source(Path(flags.eval_file)), ["sid_sid"], flags.eval_sample)

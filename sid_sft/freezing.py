@@ -5,16 +5,34 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from sid_sft.settings import FREEZE_DECAY, FREEZE_EPOCHS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sid_sft.adapters import Adapters
+    from sid_sft.settings import TrainFlags
     from sid_sft.sid_rows import SidRows
 
 logger = logging.getLogger("sft.freezing")
 
 FREEZE_REACH = 2.4  # freeze mode's default learning rate x width: an AdamW step moves each number of a row by about the
 # rate, and so a logit, a sum over the width, by about rate x width; the best of those tried at widths 256 and 576
+
+
+def tell_defaults(flags: TrainFlags) -> None:
+    """Logs what freeze mode chooses where no flag does, and why; its learning rate is told when there is a model."""
+    if flags.tasks is None:
+        logger.info("Freeze mode trains on SID histories alone unless --tasks names more: that has recommended best so far")
+    if flags.num_epochs is None and flags.max_steps < 0:
+        logger.info(
+            f"It trains {FREEZE_EPOCHS:g} epochs unless --num_epochs says otherwise: many more, and rows learn by heart"
+        )
+    if flags.weight_decay is None:
+        logger.info(
+            f"Weight decay {FREEZE_DECAY:g}: a step shrinks what trains by learning rate x {FREEZE_DECAY:g} of itself, so "
+            "that what few examples tell is not learnt by heart"
+        )
 
 
 def tell_what_trains(model: PreTrainedModel, rows: SidRows | None, adapters: Adapters | None = None) -> None:
@@ -49,14 +67,6 @@ def rows_learning_rate(model: PreTrainedModel) -> float:
     rate = float(f"{FREEZE_REACH / width:.2g}")
     logger.info(f"Learning rate {rate:g}: {FREEZE_REACH:g} over the model's width ({width})")
     return rate
-
-
-def tell_decay(decay: float) -> None:
-    """Logs what --weight_decay, which freeze mode has by default, does to the rows."""
-    logger.info(
-        f"Weight decay {decay:g}: a step shrinks what trains by learning rate x {decay:g} of itself, so that what few "
-        "examples tell is not learnt by heart"
-    )
 
 
 def turn_dropout_off(model: PreTrainedModel) -> int:

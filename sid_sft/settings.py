@@ -34,7 +34,8 @@ from sid_sft.tasks import DEFAULT_TASKS, TASK_GROUPS
 
 FREEZE_TASKS = ("sid_sid",)  # what freeze mode trains on unless told; on what evidence: results/freeze_learning.md
 BATCH_SIZE = 128  # examples per optimizer step, where none are given and the processes can share them evenly
-FREEZE_DECAY = 1.0  # weight decay of the SID rows; on what evidence: results/freeze_learning.md
+EPOCHS, FREEZE_EPOCHS = 10.0, 5.0  # on what evidence in freeze mode, here and below: results/freeze_learning.md
+FREEZE_DECAY = 1.0  # weight decay of the SID rows
 ADAPTER_LEARNING_RATE = 1e-3  # of LoRA adapters; on what evidence: results/lora.md
 CACHE_DIR = "~/.cache/sid-sft"
 ANSWERS_FILE = "recommendations.jsonl"
@@ -166,7 +167,9 @@ class TrainFlags:
     train_from_scratch: bool = flag(False, "random weights of the base model's shape")
 
     # ---- how it trains
-    num_epochs: float = flag(10.0, "passes over the training data", above(0))
+    num_epochs: float | None = flag(
+        None, "passes over the training data", above(0), if_unset=f"{EPOCHS:g}, with freeze_LLM {FREEZE_EPOCHS:g}"
+    )
     max_steps: int = flag(-1, "optimizer steps; override num_epochs", COUNT_OR_ALL)
     batch_size: int | None = flag(
         None,
@@ -343,7 +346,9 @@ class EvaluateFlags:
 
 
 def with_defaults(flags: TrainFlags) -> TrainFlags:
-    """The flags with what others imply where it is not given: weight decay, and of adapters alpha (2 x rank) and rate."""
+    """The flags with what others imply where it is not given: epochs, decay, and of adapters alpha (2 x rank) and rate."""
+    if flags.num_epochs is None:
+        flags = dataclasses.replace(flags, num_epochs=FREEZE_EPOCHS if flags.freeze_LLM else EPOCHS)
     if flags.weight_decay is None:
         flags = dataclasses.replace(flags, weight_decay=FREEZE_DECAY if flags.freeze_LLM else 0.0)
     if not flags.lora_rank:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sid_sft.command_line import world_size
 from sid_sft.files import InputError, cut, error_text, shown
-from sid_sft.settings import BATCH_SIZE, TrainFlags, examples_per_step, intervals
+from sid_sft.settings import BATCH_SIZE, EPOCHS, TrainFlags, examples_per_step, intervals
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def training_arguments(flags: TrainFlags) -> TrainingArguments:
     try:
         return TrainingArguments(
             output_dir=flags.output_dir,
-            num_train_epochs=flags.num_epochs,
+            num_train_epochs=flags.num_epochs or EPOCHS,
             max_steps=flags.max_steps,
             per_device_train_batch_size=batch_size // world_size(),
             learning_rate=flags.learning_rate or FULL_LEARNING_RATE,

@@ -23,7 +23,7 @@ import sft
 from sid_sft.command_line import About, command, convert, flag, flags_of, one_word_each, read_flags
 from sid_sft.files import InputError
 from sid_sft.flag_checks import check_cache_dir
-from sid_sft.settings import SCHEDULES, EvaluateFlags, TrainFlags, examples_per_step, intervals
+from sid_sft.settings import SCHEDULES, EvaluateFlags, TrainFlags, examples_per_step, intervals, with_defaults
 from sid_sft.training_arguments import check_reports, check_schedule, training_arguments
 
 TRAIN_FLAGS = """
@@ -386,6 +386,25 @@ def test_saving_and_evaluating_follow_the_one_that_is_named(given, evaluating, s
 def test_the_default_batch_is_one_that_the_processes_can_share(processes, given, expected, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", processes)
     assert examples_per_step(TrainFlags(**given)) == expected
+
+
+def test_freeze_mode_trains_5_epochs_and_others_10_unless_it_is_given():
+    found = [with_defaults(TrainFlags(**given)).num_epochs for given in ({}, {"freeze_LLM": True}, {"num_epochs": 3.0})]
+    assert found == [10, 5, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, 0.0),
+        ({"freeze_LLM": True}, 1.0),
+        ({"freeze_LLM": True, "weight_decay": 0.0}, 0.0),
+        ({"freeze_LLM": True, "weight_decay": 0.3}, 0.3),
+        ({"weight_decay": 0.3}, 0.3),
+    ],
+)
+def test_weight_decay_is_1_in_freeze_mode_and_0_otherwise_unless_it_is_given(given, expected):
+    assert with_defaults(TrainFlags(**given)).weight_decay == expected
 
 
 def test_a_batch_that_is_not_128_by_itself_is_told(flags):

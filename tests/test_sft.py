@@ -69,6 +69,7 @@ def test_a_freeze_run_from_the_command_line_moves_only_the_sid_rows(flags, base,
         "Unfrozen 20 new token embeddings (indices ",
         "Trainable parameters (with grad-mask): 640 / ",
         "That is 20 rows x 32 wide x 1 table; the optimizer holds 0.0 MB",
+        "Weight decay 1: a step shrinks what trains by learning rate x 1 of itself",
         "Learning rate 0.075: 2.4 over the model's width (32)",
         "frozen values changed: 0",
     ):
@@ -105,13 +106,14 @@ def as_the_run_began(base, sid_tokens, tmp_path):
     return model, ids, examples
 
 
-def test_the_losses_are_those_of_a_plain_training_loop(flags, base, catalogue, sid_tokens, tmp_path, caplog):
-    """Against HF's forward with all logits, torch's AdamW and clipping, written out here."""
-    run(flags(lr_scheduler_type="constant", learning_rate=0.02, weight_decay=0.1, eval_file=None), caplog)
+@pytest.mark.parametrize(("given", "decay"), [(0.1, 0.1), (0, 0.0), (None, 1.0)])
+def test_the_losses_are_those_of_a_plain_training_loop(given, decay, flags, base, catalogue, sid_tokens, tmp_path, caplog):
+    """Against HF's forward with all logits, torch's AdamW and clipping, written out here; a decay not given is 1."""
+    run(flags(lr_scheduler_type="constant", learning_rate=0.02, weight_decay=given, eval_file=None), caplog)
     model, ids, examples = as_the_run_began(base, sid_tokens, tmp_path)
     weight = model.get_input_embeddings().weight
     master = torch.nn.Parameter(weight.detach()[ids].clone())
-    optimizer = torch.optim.AdamW([master], lr=0.02, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([master], lr=0.02, weight_decay=decay)
     expected = []
     for step in list(StepSampler(examples, 16, seed=42))[:6]:
         loss = plain_recipe(model, examples, np.array(step)) / examples.labels[step].sum()
