@@ -89,7 +89,12 @@ def test_a_freeze_run_from_the_command_line_moves_only_the_sid_rows(flags, base,
 
 
 def test_freeze_mode_trains_on_sid_histories_alone_unless_tasks_are_named(flags, caplog):
-    assert "Training on 30 examples of sid_sid\n" in run(flags(tasks=None, check=True), caplog)
+    log = run(flags(tasks=None, max_steps=None, check=True), caplog)
+    assert "Training on 30 examples of sid_sid\n" in log
+    assert "Freeze mode trains on SID histories alone unless --tasks names more" in log
+    assert "5 epochs unless --num_epochs says otherwise" in log
+    named = run(flags(max_steps=None, num_epochs=3, weight_decay=0, check=True), caplog)
+    assert not re.search("Freeze mode trains on|epochs unless|Weight decay", named)
     assert " of sid_sid, item, sid_title" in run(flags(tasks=None, freeze_LLM=False, check=True), caplog)
 
 
