@@ -14,7 +14,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import datetime
 import json
 import os
 import shutil
@@ -24,6 +23,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from circumstances import circumstances
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -138,19 +139,6 @@ def measure_memory(train_csv: Path, cache: Path, files: str, base_model: str) ->
     return {**told, **{f"{name}_mb": value / 1e6 for name, value in peak.items()}, "disk_mb": disk / 1e6}
 
 
-def hardware() -> str:
-    model = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{len(os.sched_getaffinity(0))} cores ({model.partition(': ')[2]}), {memory_gb:.0f} GB of memory"
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "data.py") else "")
-
-
 def clocks() -> tuple[float, float]:
     """Seconds of the wall clock, and processor seconds of this process and its ended children."""
     return time.perf_counter(), sum(os.times()[:4])
@@ -238,9 +226,7 @@ def main() -> None:
     print(table)
     print(json.dumps(result))
     if options.output:
-        command = f"python tests/benchmarks/bench_data.py --runs {options.runs} --rows {options.rows}"
-        head = f"- {hardware()}\n- `{command}`\n- commit {commit()}, {datetime.date.today()}"
-        Path(options.output).write_text(f"# Building the tokenized data\n\n{head}\n\n{table}\n")
+        Path(options.output).write_text(f"# Building the tokenized data\n\n{circumstances()}\n\n{table}\n")
 
 
 if __name__ == "__main__":

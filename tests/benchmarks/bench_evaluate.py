@@ -11,16 +11,13 @@ Writes a Markdown result where --output says.
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+
+from circumstances import circumstances
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -121,11 +118,7 @@ def main() -> None:
     differs = float(np.abs(score - their_score)[their_sid >= 0].max())
     mine, theirs = (statistics.median(seconds[name]) for name in ("ours", "generate"))
     text = RESULT.format(
-        device=torch.cuda.get_device_name() if device.type == "cuda" else processor(),
-        threads=torch.get_num_threads(),
-        command=shlex.join(["python", "tests/benchmarks/bench_evaluate.py", *sys.argv[1:]]),
-        commit=commit(),
-        date=datetime.date.today().isoformat(),
+        circumstances=circumstances(f"{torch.get_num_threads()} threads, on {device.type}"),
         rows=len(rows),
         beams=flags.num_beams,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
@@ -147,10 +140,7 @@ def main() -> None:
 
 RESULT = """# Constrained beam search, Industrial test rows
 
-- hardware: {device}, {threads} threads
-- command: `{command}`
-- commit: {commit}
-- date: {date}
+{circumstances}
 
 {rows} rows, {beams} beams, a model of {parameters:.1f} M parameters in {dtype}; the median over the rounds.
 
@@ -163,18 +153,6 @@ Ratio **{ratio:.1f} x**. All rounds, seconds: {all_seconds}.
 The same list, SID for SID, in {same} of {rows} rows; the largest difference of two scores is {differs:.1e};
 {invalid} of generate's beams are no SID.
 """
-
-
-def processor() -> str:
-    names = [
-        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -24,6 +22,8 @@ import tempfile
 import time
 from operator import attrgetter
 from pathlib import Path
+
+from circumstances import circumstances
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -306,13 +306,6 @@ def relative_error(folder: Path, name: str, reference: str) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return f"{os.cpu_count()} x {cpu}; commit {commit.stdout.strip()}; {time.strftime('%Y-%m-%d')}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=512)
@@ -333,7 +326,7 @@ def main() -> None:
     names = FULL if options.full else FREEZE
     if options.users:
         names += (f"{names[-1]}-users",)
-    say(f"{machine()}; {' '.join(sys.argv)}")
+    say(circumstances())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         datasets.disable_progress_bars()

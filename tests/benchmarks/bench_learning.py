@@ -14,10 +14,7 @@ stopped and started anew. Its wall time then counts from where it went on.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import re
 import shlex
 import subprocess
@@ -26,9 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from circumstances import circumstances
+
 ROOT = Path(__file__).parent.parent.parent
 AMAZON = ROOT.parent / "shared" / "data" / "amazon" / "Industrial_and_Scientific"
-MACHINE = "--group_users True --bf16 True --micro_batch_size 32"
+QUICK = "--group_users True --bf16 True --micro_batch_size 32 --eval_sample 1000 --eval_steps 0.1"
 FIVE_TASKS = "--tasks sid_sid,item,sid_title,title_title,title_sid"
 
 
@@ -65,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default=str(AMAZON), help="the files' path without .train.csv and so on")
     parser.add_argument("--ways", default="untrained,rows,everything", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--way", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"))
-    parser.add_argument("--machine", default=MACHINE, help="flags of every run")
+    parser.add_argument("--every", default=QUICK, help="flags of every run; '' for the defaults and nothing else")
     parser.add_argument("--seeds", default="42")
     parser.add_argument("--split", default="test", help="the rows that are measured: valid or test")
     parser.add_argument("--num_beams", default="20")
@@ -95,8 +94,8 @@ class Trial:
         run(
             self.folder.with_suffix(".log"),
             *("sft.py", "--base_model", str(self.before.final) if self.before else self.flags.base_model),
-            *("--train_file", f"{data}.train.csv", "--eval_file", f"{data}.valid.csv", "--eval_sample", "1000"),
-            *("--eval_steps", "0.1", *files(data), "--category", Path(data).name, *shlex.split(self.flags.machine)),
+            *("--train_file", f"{data}.train.csv", "--eval_file", f"{data}.valid.csv", *files(data)),
+            *("--category", Path(data).name, *shlex.split(self.flags.every)),
             *("--seed", self.seed, "--output_dir", str(self.folder), "--resume_from_checkpoint", "auto"),
             *shlex.split(self.way.flags),
         )
@@ -189,14 +188,9 @@ def main() -> None:
             trial.train()
             trial.measure()
     rows = [line(name, trials) for name, trials in found.items()] + baseline_lines(found[names[0]][0].measure())
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False)
     text = "\n".join(
         [
-            f"Hardware: {platform.processor() or platform.machine()}, {os.cpu_count()} cores. "
-            f"Commit {commit.stdout.strip() or 'unknown'}, {datetime.date.today()}. Flags of every run: `{flags.machine}`.",
-            "",
-            f"    {shlex.join(['python', *sys.argv])}",
+            circumstances(),
             "",
             *("| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)),
         ]

@@ -10,7 +10,6 @@ of its own; its CPU seconds, those of all threads, say more than its wall time w
 from __future__ import annotations
 
 import argparse
-import datetime
 import filecmp
 import os
 import shutil
@@ -23,6 +22,7 @@ import numpy as np
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
+from circumstances import circumstances
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -123,10 +123,10 @@ def main() -> None:
         for part in PARTS if "csv" in arguments.formats else ():
             assert filecmp.cmp(folder / f"old/X.{part}.csv", folder / f"new/X.{part}.csv", shallow=False), part
     shutil.rmtree(folder)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    head = f"{arguments.rows:,} interactions from {arguments.input}, split {arguments.split}, commit {commit.stdout.strip()}"
     table = [
-        f"{head}, {datetime.date.today()}:",
+        circumstances(),
+        "",
+        f"{arguments.rows:,} interactions from {arguments.input}, split {arguments.split}:",
         "",
         "| run | wall, s | CPU, s | peak memory, GB | bytes per interaction | files, GB |",
     ]

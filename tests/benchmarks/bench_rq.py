@@ -8,9 +8,7 @@ N items, R rows of a chunk, D dimensions.
 """
 
 import argparse
-import datetime
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from circumstances import circumstances
 
 ROOT = Path(__file__).parent.parent.parent
 METHODS = ("rqkmeans", "rqkmeans_constrained", "rqfaiss", "rqkmeans_plus", "rqvae")
@@ -66,18 +65,7 @@ def measured(command: list[str]) -> tuple[str, float, float]:
 
 
 def heading(title: str) -> str:
-    """Hardware, command, commit and date, as every result in the tree has them."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in cpu_lines if "model name" in line]
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    arguments = [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
-    return (
-        f"# {title}\n\n"
-        f"- hardware: {(names or [platform.processor()])[0]}, {os.cpu_count()} cores, {memory_gb:.0f} GB, no GPU\n"
-        f"- command: `python tests/benchmarks/bench_rq.py {' '.join(arguments)}`\n"
-        f"- commit: {commit.stdout.strip()}\n- date: {datetime.date.today()}\n"
-    )
+    return f"# {title}\n\n{circumstances()}\n"
 
 
 def million(flags: argparse.Namespace) -> str:

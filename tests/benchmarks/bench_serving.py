@@ -10,16 +10,13 @@ random valid rows, each width is timed and measured. Prints a Markdown result an
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
-import os
-import platform
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from circumstances import circumstances
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -116,11 +113,7 @@ def main() -> None:
         k = max(k for k in measurable(width) if k <= 10)
         lines.append(f"| {width} | {metrics[f'hr@{k}']:.4f} | {len(rows) / busy:.1f} | {len(rows) / wall:.1f} |")
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    report = f"""- hardware: {platform.machine()}, one thread of {os.cpu_count()} shared cores, model in float32
-- command: `python {shlex.join(sys.argv)}`
-- commit: {commit}
-- date: {datetime.date.today()}
+    report = f"""{circumstances("one thread, model in float32")}
 - torch {torch.__version__}, transformers {transformers.__version__}
 
 ## generate with LegalSids
