@@ -39,7 +39,7 @@ from sid_sft.interruption import StopSignals
 from sid_sft.output_folder import STATE_FILE, OutputFolder
 from sid_sft.recommend.while_training import recommendation_evaluator
 from sid_sft.resuming import resume_point, what_decides
-from sid_sft.run_report import CURVES_FILE, REPORT_FILE, model_card, write_run_report
+from sid_sft.run_report import CURVES_FILE, REPORT_FILE, measuring_command, model_card, write_run_report
 from sid_sft.settings import CACHE_DIR, TrainFlags, with_defaults
 from sid_sft.tasks import read_prompts
 from sid_sft.training_arguments import check_reports, check_schedule, compute_dtype, training_arguments
@@ -243,6 +243,8 @@ def fine_tune(
         save_final(flags, trainer.model, tokenizer, rows, wording, base_dtype, card, adapters, bits_before)
     if rank() == 0:
         logger.info(f"The report of the run is {Path(flags.output_dir) / REPORT_FILE}")
+        if flags.eval_file:
+            logger.info(f"Measure it: {measuring_command(flags)}")
         if flags.push_to_hub:
             upload(Path(flags.output_dir) / "final_checkpoint", flags.push_to_hub)
     if torch.distributed.is_initialized():

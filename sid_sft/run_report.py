@@ -67,6 +67,12 @@ def series(log: Log, key: str) -> tuple[list[int], list[float]]:
 # ---------------------------------------------------------------------------------------------- the text
 
 
+def kept_step(state: TrainerState) -> int:
+    """The step of the model in final_checkpoint/: the best checkpoint's where one was chosen, otherwise the last."""
+    best = state.best_model_checkpoint
+    return int(Path(best).name.rpartition("-")[2]) if best else state.global_step
+
+
 def result_text(state: TrainerState, metric: str) -> str:
     """How far the run came and what it reached, as one paragraph. metric: what the best checkpoint was chosen by."""
     steps, losses = series(state.log_history, "loss")
@@ -74,9 +80,8 @@ def result_text(state: TrainerState, metric: str) -> str:
     if losses:
         text += f"; training loss {losses[0]:.4f} at step {steps[0]:,}, {losses[-1]:.4f} at step {steps[-1]:,}"
     if state.best_metric is not None:
-        best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else "none saved"
-        text += f". Best {metric} {state.best_metric:.4f} ({best}); final_checkpoint/ holds that model"
-    return text + "."
+        text += f". Best {metric} {state.best_metric:.4f} at step {state.best_global_step:,}"
+    return f"{text}. final_checkpoint/ holds the model of step {kept_step(state):,}."
 
 
 def evaluations_table(state: TrainerState) -> str:
@@ -120,6 +125,25 @@ def command_line() -> str:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     start = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     return shlex.join([*start, *sys.argv])
+
+
+def measuring_command(flags: TrainFlags) -> str:
+    """What to type next: evaluate.py on final_checkpoint/ and the .test file beside --eval_file, or that file itself.
+
+    python evaluate.py --base_model output/toys/final_checkpoint --test_file data/Toys.test.csv --train_file ...
+    """
+    beside = flags.eval_file.replace(".valid.", ".test.")
+    files = {
+        "base_model": str(Path(flags.output_dir) / "final_checkpoint"),
+        "test_file": beside if Path(beside).is_file() else flags.eval_file,
+        "train_file": flags.train_file,
+        "sid_index_path": flags.sid_index_path,
+        "item_meta_path": flags.item_meta_path,
+    }
+    others = {name: getattr(flags, name) for name in ("cutoff_len", "max_left_out", "trust_remote_code")}
+    given = files | {name: str(value) for name, value in others.items() if value != getattr(TrainFlags, name)}
+    words = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+    return shlex.join(["python", "evaluate.py", *words])
 
 
 def inputs_table(flags: TrainFlags) -> str:
@@ -216,7 +240,7 @@ tokens such as `<a_12><b_3><c_40>`, one per level; the index (`.index.json`) say
 ## Training
 
 Fine-tuned from `{name}` for {steps:,} optimizer steps of {batch_size} examples, peak learning rate {learning_rate:g},
-seed {seed}.
+seed {seed}.{further}
 {how}
 {reached}
 ## Prompts
@@ -271,17 +295,20 @@ def model_card(flags: TrainFlags, state: TrainerState, wording: dict[str, str]) 
     front += ["- generative-recommendation", "- semantic-ids", "- sft"]
     if not Path(flags.base_model).exists():  # a hub name, which the hub makes a link
         front.insert(0, f"base_model: {flags.base_model}")
-    last = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
-    reached = ", ".join(f"{name} {last[key]:.4f}" for key, name in EVALUATED.items() if key in last)
+    kept = kept_step(state)
+    further = f" It evaluated best of a run of {state.global_step:,} steps." if kept < state.global_step else ""
+    evaluation = next((entry for entry in state.log_history if entry["step"] == kept and "eval_loss" in entry), {})
+    reached = ", ".join(f"{name} {evaluation[key]:.4f}" for key, name in EVALUATED.items() if key in evaluation)
     templates = {name: wording[name] for name, task in TASKS.items() if task.group in flags.task_names}
     return CARD.format(
         front="\n".join(front),
         name=Path(flags.base_model).name,
-        steps=state.global_step,
+        steps=kept,
+        further=further,
         batch_size=examples_per_step(flags),
         learning_rate=flags.learning_rate,
         seed=flags.seed,
         how=how_it_trained(flags),
-        reached=f"Last evaluation: {reached}.\n" if reached else "",
+        reached=f"Its evaluation: {reached}.\n" if reached else "",
         prompts=json.dumps(templates, indent=1, ensure_ascii=False),
     )

@@ -7,7 +7,7 @@ from conftest import small_model
 from transformers import TrainerState
 
 from sid_sft.files import file_hash
-from sid_sft.run_report import model_card, series, write_run_report
+from sid_sft.run_report import measuring_command, model_card, series, write_run_report
 from sid_sft.settings import TrainFlags
 from sid_sft.sid_rows import SidRows
 from sid_sft.tasks import PROMPTS
@@ -72,3 +72,37 @@ def test_the_model_card_names_base_prompts_and_result(finished):
     assert "HR@10 0.0800" in card
     assert '"sid_sid": "Semantic IDs of the {category}' in card
     assert "title_sid" not in card
+
+
+def test_report_and_card_tell_of_the_model_that_is_kept_not_of_the_last(finished, tmp_path):
+    """The best checkpoint, of step 2, ends in final_checkpoint/ though the run went on; its evaluation is the one quoted."""
+    flags, state = finished
+    state.log_history = [*LOG, {"step": 4, "eval_loss": 3.9, "eval_hr@10": 0.02, "eval_ndcg@10": 0.01}]
+    state.global_step, state.best_metric, state.best_global_step = 4, 3.5, 2
+    state.best_model_checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    write_run_report(flags, state, small_model("qwen2", 20), None)
+    report, card = (tmp_path / "run" / "report.md").read_text(), model_card(flags, state, PROMPTS)
+    assert "Best eval_loss 3.5000 at step 2. final_checkpoint/ holds the model of step 2." in report
+    assert "for 2 optimizer steps of 16 examples" in card
+    assert "It evaluated best of a run of 4 steps." in card
+    assert "Its evaluation: loss 3.5000, HR@10 0.0800, NDCG@10 0.0500." in card
+
+    state.best_model_checkpoint = None  # the best one is gone, so the last model is what is kept
+    write_run_report(flags, state, small_model("qwen2", 20), None)
+    report, card = (tmp_path / "run" / "report.md").read_text(), model_card(flags, state, PROMPTS)
+    assert "Best eval_loss 3.5000 at step 2. final_checkpoint/ holds the model of step 4." in report
+    assert "for 4 optimizer steps of 16 examples" in card
+    assert "Its evaluation: loss 3.9000, HR@10 0.0200, NDCG@10 0.0100." in card
+
+
+def test_what_to_type_next_measures_on_the_test_file_beside_the_evaluation_file(finished, tmp_path):
+    flags, _ = finished
+    valid, test = tmp_path / "my toys.valid.csv", tmp_path / "my toys.test.csv"
+    flags = dataclasses.replace(flags, eval_file=str(valid), sid_index_path="toys.index.json", output_dir="run")
+    begin = "python evaluate.py --base_model run/final_checkpoint --test_file"
+    end = f"--train_file {tmp_path}/train.csv --sid_index_path toys.index.json"
+    assert measuring_command(flags) == f"{begin} '{valid}' {end}"
+    test.touch()
+    assert measuring_command(flags) == f"{begin} '{test}' {end}"
+    flags = dataclasses.replace(flags, cutoff_len=1024, trust_remote_code=True)
+    assert measuring_command(flags) == f"{begin} '{test}' {end} --cutoff_len 1024 --trust_remote_code True"
