@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--output_format",
         choices=settings.FORMATS,
-        help="of train, valid and test: csv, or parquet: the same rows as user sequences, a hundredth of the size, "
+        help="of train, valid and test: csv, or parquet: the same rows as user sequences, under a fiftieth of the size, "
         "and a folder of parts where there are many (csv)",
     )
     add(
