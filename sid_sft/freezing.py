@@ -26,7 +26,8 @@ def tell_defaults(flags: TrainFlags) -> None:
         logger.info("Freeze mode trains on SID histories alone unless --tasks names more: that has recommended best so far")
     if flags.num_epochs is None and flags.max_steps < 0:
         logger.info(
-            f"{FREEZE_EPOCHS:g} epochs unless --num_epochs says otherwise: twice as many find 3 % more hits on a small model"
+            f"{FREEZE_EPOCHS:g} epochs unless --num_epochs says otherwise: twice as many found 3 % more hits with a model "
+            "of 7 M parameters, and none more with one of 135 M"
         )
     if flags.weight_decay is None:
         logger.info(
