@@ -37,6 +37,7 @@ from sid_sft.finite import check_finite
 from sid_sft.flag_checks import check_evaluating
 from sid_sft.interactions import Row, read_rows
 from sid_sft.output_folder import OutputFolder
+from sid_sft.process_groups import process_groups_left
 from sid_sft.recommend.answers import answers_of, write_answers
 from sid_sft.recommend.evaluator import RECOMMENDING_TASKS, Evaluator, sampled
 from sid_sft.recommend.histories import Histories, read_histories
@@ -83,7 +84,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     cutoff_len = fit_cutoff(flags.cutoff_len, positions and positions - beams_beyond(catalogue))
     cure = f"try --batch_size {max(1, flags.batch_size // 2)} or fewer --num_beams"
     held = outputs.held("evaluate.py") if outputs and rank() == 0 else contextlib.nullcontext()
-    with held, memory_in_one_line(cure):
+    with held, memory_in_one_line(cure), process_groups_left():
         recommend_and_measure(flags, catalogue, wording.prompts, task, rows, histories, train, cutoff_len)
 
 
@@ -142,9 +143,6 @@ def recommend_and_measure(
         else:
             free = free_rows(evaluator, model, flags.seed)
             write_results(flags, task, rows, train, catalogue, table, recommended, free, seconds)
-    if world_size() > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def export(flags: EvaluateFlags, catalogue: Catalogue, wording: Wording, task: str, train: list[Row]) -> None:

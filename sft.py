@@ -37,6 +37,7 @@ from sid_sft.hub import open_repository, upload
 from sid_sft.interactions import check_first_row
 from sid_sft.interruption import StopSignals
 from sid_sft.output_folder import STATE_FILE, OutputFolder
+from sid_sft.process_groups import process_groups_left
 from sid_sft.recommend.while_training import recommendation_evaluator
 from sid_sft.resuming import resume_point, what_decides
 from sid_sft.run_report import CURVES_FILE, REPORT_FILE, measuring_command, model_card, write_run_report
@@ -134,7 +135,7 @@ def train(flags: TrainFlags) -> None:
         open_repository(flags.push_to_hub, private=flags.hub_private)
     cure = f"try --micro_batch_size {max(1, flags.micro_batch_size // 2)} or a smaller --prefix_cache_gb"
     holding = outputs.held("sft.py") if writes else contextlib.nullcontext()
-    with StopSignals() as signals, holding, outputs.writing(), memory_in_one_line(cure):
+    with StopSignals() as signals, holding, outputs.writing(), memory_in_one_line(cure), process_groups_left():
         fine_tune(flags, catalogue, wording, outputs, signals, started)
 
 
@@ -147,7 +148,6 @@ def fine_tune(
     started: float,
 ) -> None:
     """The run itself, from the tokens to the final checkpoint. started: of time.monotonic(), for the log."""
-    import torch
     import transformers
 
     from sid_sft.adapters import Adapters
@@ -247,9 +247,6 @@ def fine_tune(
             logger.info(f"Measure it: {measuring_command(flags)}")
         if flags.push_to_hub:
             upload(Path(flags.output_dir) / "final_checkpoint", flags.push_to_hub)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def optional_path(path: str) -> Path | None:

@@ -51,6 +51,11 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self.former.items():
             signal.signal(signum, handler)
+        if self.group is not None:
+            import torch.distributed as dist
+
+            if dist.is_initialized():  # otherwise it has been left with all others
+                dist.destroy_process_group(self.group)
 
     def receive(self, signum: int, _: FrameType | None) -> None:
         again, self.received = bool(self.received), signum

@@ -369,12 +369,18 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(flags, tmp_path, monkeyp
 # ---------------------------------------------------------------------------------------------- two processes
 
 
+END = """
+code = sft.main(sys.argv[1:])
+import torch.distributed
+assert not torch.distributed.is_initialized(), "a group that is left may end the process by SIGABRT"
+sys.exit(code)
+"""
+
+
 def two_processes(script: str, arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
     """sft.py on two processes, after some lines of Python that change it."""
     path = tmp_path / "changed.py"
-    path.write_text(
-        f"import os, sys\nimport sft\nfrom sid_sft.trainer import SidTrainer\n{script}\nsys.exit(sft.main(sys.argv[1:]))"
-    )
+    path.write_text(f"import os, sys\nimport sft\nfrom sid_sft.trainer import SidTrainer\n{script}\n{END}")
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
         [sys.executable, *start, str(path), *arguments],
