@@ -15,12 +15,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 import functools
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from forks import run_in_forks
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import data
@@ -129,17 +129,8 @@ def dataset(shop, catalogue, tokenizer, tmp_path_factory):
 
 
 def run_command(*arguments: str, processes: int = 1, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """Runs sft.py as a user does, on one process or under torchrun."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return subprocess.run(
-        [sys.executable, *start, "sft.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """Runs sft.py as a user does, on one process or several."""
+    return run_in_forks([str(argument) for argument in arguments], processes=processes, env=env or {})
 
 
 def short_run(base: Path, shop: Path, folder: Path, **changes) -> list[str]:
