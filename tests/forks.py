@@ -20,26 +20,26 @@ from pathlib import Path
 import torch.distributed as dist
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sft", "sid_sft.trainer", "sid_sft.adapters", "sid_sft.sharding", "sid_sft.chat"])
+FORKS.set_forkserver_preload(["sft", "sid_sft.trainer", "sid_sft.adapters", "sid_sft.sharding"])
 LONGEST = 300  # seconds
+GRACE = 10  # seconds that the others have to say why they end too, once one has failed
 
 
 def run_in_forks(arguments: list[str], *, processes: int, env: dict[str, str]) -> subprocess.CompletedProcess:
     """The exit code, and what was written, of sft.py on one process or several. env: on top of this process's own."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    environments = [dict(os.environ, **env)]
+    if processes > 1:
+        # the meeting point is held here, so that no other program can take its port
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environments = [environments[0] | torchrun_names(rank, processes, store.port) for rank in range(processes)]
+    with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        environments = [dict(os.environ, **env)]
-        if processes > 1:
-            # the meeting point is held here, so that no other program can take its port
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            environments = [environments[0] | torchrun_names(rank, processes, store.port) for rank in range(processes)]
-        children = [FORKS.Process(target=run_sft, args=(arguments, one, out, err)) for one in environments]
-        for child in children:
-            child.start()
-            stack.callback(child.close)
-            stack.callback(child.join)
-            stack.callback(child.kill)
-        code = exit_code(children)
+        with contextlib.ExitStack() as stack:
+            children = [FORKS.Process(target=run_sft, args=(arguments, one, out, err)) for one in environments]
+            for child in children:
+                child.start()
+                stack.callback(end, child)
+            code = exit_code(children)
         return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
 
 
@@ -62,18 +62,27 @@ def torchrun_names(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def exit_code(children: list) -> int:
-    """The first that is not 0, whereupon the others are ended, as torchrun does; 0 otherwise."""
-    until = time.monotonic() + LONGEST
+    """The first that is not 0, as torchrun's, after which the others are waited for only a little; 0 otherwise."""
+    code, until = 0, time.monotonic() + LONGEST
     waiting = list(children)
     while waiting:
-        done = multiprocessing.connection.wait([child.sentinel for child in waiting], until - time.monotonic())
-        assert done, f"sft.py has not ended within {LONGEST} s"
+        left = max(0.0, until - time.monotonic())
+        done = multiprocessing.connection.wait([child.sentinel for child in waiting], left)
+        assert done or code, f"sft.py has not ended within {LONGEST} s"
+        if not done:
+            break
         for child in [child for child in waiting if child.sentinel in done]:
             child.join()
             waiting.remove(child)
-            if child.exitcode:
-                return child.exitcode
-    return 0
+            if child.exitcode and not code:
+                code, until = child.exitcode, time.monotonic() + GRACE
+    return code
+
+
+def end(child) -> None:
+    child.kill()
+    child.join()
+    child.close()
 
 
 def run_sft(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
